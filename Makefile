@@ -1,0 +1,76 @@
+# pkcs11-ha: verbs. scripts/setup knows the machine, build.py knows the build.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+BIN := .venv/bin
+C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
+C_FILES = $(wildcard shim/csrc/*.[ch] include/*.h demo/*.[ch] bench/*.[ch] tests/*.[ch] tests/*/*.[ch])
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup setup-demo build test demo bench lint format asan tsan fuzz chaos install clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: ## install what building and testing need and is missing: system packages, .venv
+	@PYTHON='$(PYTHON)' scripts/setup test
+
+setup-demo: ## the same for building and the demo alone: less
+	@PYTHON='$(PYTHON)' scripts/setup demo
+
+build: setup-demo build/demo-client build/p11bench ## build/libpkcs11-ha.so; the command is .venv/bin/p11ha
+	@$(BIN)/python build.py
+
+build/demo-client: demo/client.c include/pkcs11.h include/pkcs11_ha.h
+build/p11bench: bench/p11bench.c include/pkcs11.h
+build/demo-client build/p11bench:
+	@mkdir -p build
+	$(CC) $(C_FLAGS) -o $@ $< -ldl
+
+test: setup build lint ## everything that must hold: lint and the test suite
+	$(BIN)/pytest
+
+demo: build ## two HSMs, one killed and brought back under a signing program
+	@$(BIN)/python -m demo.run
+
+bench: setup build ## speed against the bare module and p11-kit-proxy; BENCH="--quick"
+	@$(BIN)/python -m bench.bench $(BENCH)
+
+lint: setup build ## ruff, mypy --strict, clang-format; compiler warnings are errors in the build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+format: setup ## put Python and C into the form that lint wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
+
+# Our C under a sanitizer, the same tests. Its runtime must be in a process before our module is, and the interpreter
+# has leaks of its own at exit.
+asan: setup ## the tests with AddressSanitizer
+	$(BIN)/python build.py --sanitize=address
+	PKCS11_HA_MODULE=$(CURDIR)/build/asan/libpkcs11-ha.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 $(BIN)/pytest
+
+tsan: setup ## the tests with ThreadSanitizer
+	$(BIN)/python build.py --sanitize=thread
+	PKCS11_HA_MODULE=$(CURDIR)/build/tsan/libpkcs11-ha.so LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
+	    TSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest
+
+fuzz: ## not there yet
+	@echo 'make fuzz: there is no fuzzing yet' >&2; exit 1
+
+chaos: ## not there yet
+	@echo 'make chaos: there is no long test under random faults yet' >&2; exit 1
+
+install: ## what was built into PREFIX (/usr/local), below DESTDIR if given
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install
+
+clean: ## remove what was built; .venv stays
+	rm -rf build shim/pkcs11_ha/ck.py shim/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

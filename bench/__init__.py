@@ -1,0 +1,1 @@
+"""How fast the module is: `make bench`."""

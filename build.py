@@ -1,0 +1,179 @@
+"""The only build recipe: tables -> C and cffi text -> build/libpkcs11-ha.so, with ck.py and docs beside it.
+
+Run by `make build` with the interpreter that is to be embedded.  Files are written only when they change, and
+objects are compiled only when what they are made of changed, so a second run does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SHIM = ROOT / "shim"
+CSRC = SHIM / "csrc"
+sys.path.insert(0, str(SHIM))
+
+from pkcs11_ha import __version__  # noqa: E402
+from pkcs11_ha.spec import emit, signature  # noqa: E402
+
+MODULE = "_pkcs11_ha"  # the cffi module inside the library
+INIT_CODE = f"import {MODULE}, pkcs11_ha.entry\npkcs11_ha.entry.attach({MODULE}.ffi, {MODULE}.lib)\n"
+
+WARNINGS = (
+    "-Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror".split()
+)
+# -O2: the data plane is nanoseconds.  Hidden by default: the version script is a second lock on the same door.
+COMMON = "-std=gnu11 -g -fPIC -fvisibility=hidden -fno-plt -pthread -D_GNU_SOURCE".split()
+
+
+def write(path: Path, text: str) -> None:
+    """Writes only what differs, so that time stamps mean something."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs a tool of the build; its own words are the error message."""
+    if subprocess.run(command, check=False).returncode != 0:
+        sys.exit(f"build: failed: {' '.join(command)}")
+
+
+def libpython() -> tuple[Path, str]:
+    """Directory and file name of the shared libpython of this interpreter; exits if there is none."""
+    name = sysconfig.get_config_var("INSTSONAME") or ""
+    directory = sysconfig.get_config_var("LIBDIR") or ""
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    for candidate in (Path(directory), Path(directory) / multiarch, Path("/usr/lib") / multiarch):
+        if ".so" in name and (candidate / name).exists():
+            return candidate, name
+    sys.exit(f"build: {sys.executable} has no shared libpython; see README, 'Which Python'")
+
+
+def emit_all(out: Path, paths: Sequence[str]) -> None:
+    """Every generated file but the cffi module's C text, which needs all of them."""
+    header = str(ROOT / "include" / "pkcs11.h")
+    text = signature.preprocess(header, str(ROOT / "include" / "pkcs11_ha.h"))
+    prototypes = signature.prototypes(text)
+    emit.verify(prototypes)
+    core_abi = (CSRC / "core_abi.h").read_text(encoding="utf-8")
+    declarations = emit.cdef(text, core_abi, prototypes)
+    stamp = f"{__version__}+{hashlib.sha256((declarations + emit.entries(prototypes)).encode()).hexdigest()[:12]}"
+
+    write(out / "functions.gen.h", emit.functions_header(prototypes))
+    write(out / "upcalls.gen.h", emit.upcalls_header(prototypes))
+    write(out / "entry.gen.c", emit.entries(prototypes))
+    write(out / "parameters.gen.c", emit.parameters())
+    write(out / "exports.map", emit.exports())
+    write(out / "build.gen.h", build_header(stamp, paths))
+    constants = signature.constants(header)
+    names = ", ".join(f'"{name}"' for name in emit.upcall_names(prototypes))
+    write(
+        SHIM / "pkcs11_ha" / "ck.py",
+        emit.constants_module(constants) + f'\nSTAMP = "{stamp}"\n\nUPCALLS = ({names})\n',
+    )
+    write(ROOT / "docs" / "functions.md", emit.functions_page())
+    write_cffi_module(out, declarations, emit.native_source(prototypes))
+
+
+def build_header(stamp: str, paths: Sequence[str]) -> str:
+    quoted = ", ".join(f'"{path}"' for path in paths)
+    return (
+        emit.BANNER
+        + f'#define HA_VERSION "{stamp}"\n#define HA_PYTHON_HOME "{sys.base_prefix}"\n'
+        + f'#define HA_PYTHON_STDLIB "{sysconfig.get_path("stdlib")}"\n'
+        + f'#define HA_LIBPYTHON "{libpython()[1]}"\n#define HA_PATHS {quoted}\n'
+    )
+
+
+def write_cffi_module(out: Path, declarations: str, source: str) -> None:
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.embedding_api("")
+    ffi.cdef(declarations)
+    ffi.set_source(MODULE, source)
+    ffi.embedding_init_code(INIT_CODE)
+    fresh = out / "module.gen.c.new"
+    ffi.emit_c_code(str(fresh))
+    write(out / "module.gen.c", fresh.read_text(encoding="utf-8"))
+    fresh.unlink()
+
+
+def compile_all(out: Path, sanitize: str) -> list[Path]:
+    """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge)."""
+    include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{out}", f"-I{sysconfig.get_path('include')}"]
+    optimise = ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2"]
+    ours = sorted(CSRC.glob("*.c")) + [out / "entry.gen.c", out / "parameters.gen.c"]
+    headers = [*CSRC.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h"), Path(__file__)]
+    newest = max(path.stat().st_mtime for path in headers)
+
+    def one(source: Path) -> Path:
+        target = out / (source.stem + ".o")
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            warnings = ["-w"] if source.name == "module.gen.c" else WARNINGS
+            run(["cc", *COMMON, *optimise, *warnings, *include, "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, [*ours, out / "module.gen.c"]))
+
+
+def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> None:
+    directory, name = libpython()
+    if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in objects):
+        return
+    search = [] if str(directory).startswith("/usr/lib") else [f"-Wl,-rpath,{directory}"]
+    # nodelete: threads and fork handlers of ours may outlive a dlclose.
+    hardening = "-Wl,-z,relro,-z,now,-z,nodelete,-z,noexecstack,--no-undefined".split()
+    run(
+        [
+            "cc", "-shared", "-pthread", *([f"-fsanitize={sanitize}"] if sanitize else []),
+            *map(str, objects), "-o", str(library), f"-Wl,--version-script={out / 'exports.map'}",
+            "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}",
+            *(["-Wl,-z,nodelete"] if sanitize else hardening), *search, str(directory / name), "-ldl",
+        ]
+    )  # fmt: skip
+
+
+def copy_backend(runtime: Path) -> None:
+    """The one extension module that the core needs, apart from all else that the build's site-packages hold."""
+    import _cffi_backend
+
+    source = Path(_cffi_backend.__file__)
+    target = runtime / source.name
+    runtime.mkdir(parents=True, exist_ok=True)
+    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
+        shutil.copy2(source, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sanitize", default="", choices=("", "address", "thread", "undefined"))
+    parser.add_argument("--output", type=Path, default=None, help="directory of libpkcs11-ha.so")
+    parser.add_argument(
+        "--installed", type=Path, default=None, help="where the Python files will be found at run time"
+    )
+    arguments = parser.parse_args()
+
+    output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan"}.get(
+        arguments.sanitize, arguments.sanitize)).resolve()  # fmt: skip
+    out = output / "gen"
+    runtime = output / "runtime"
+    where = [str(arguments.installed)] if arguments.installed else [str(SHIM), str(runtime)]
+    copy_backend(runtime)
+    emit_all(out, where)
+    link(out, compile_all(out, arguments.sanitize), output / "libpkcs11-ha.so", arguments.sanitize)
+
+
+if __name__ == "__main__":
+    main()

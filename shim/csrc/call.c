@@ -1,0 +1,343 @@
+/*
+ * The loop of the data plane: gate, route, forward, judge, and up to the core for anything unusual.
+ *
+ * A generated entry point runs  begin; while (route) done(forward); end  with the session locked.  C carries: it
+ * resolves handles, counts and forwards.  Which members may serve, what a fault means and what comes next is the
+ * core's, asked through ha_core.
+ */
+#include <stdlib.h>
+#include <time.h>
+
+#include "ha.h"
+
+CK_RV ha_unseal(uint64_t answer)
+{
+    return (answer & 0xFFFFFFFF00000000ULL) == HA_SEAL ? (CK_RV)(answer & 0xFFFFFFFFULL) : CKR_GENERAL_ERROR;
+}
+
+/* The recovery check of every call: one load while all members are up, else a look at the clock. */
+void ha_gate(ha_slot *slot)
+{
+    uint64_t check_at = atomic_load_explicit(&slot->check_at, memory_order_relaxed);
+    if (check_at == UINT64_MAX) return;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if ((uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec > check_at) ha_core.check(slot);
+}
+
+void ha_slot_gate(ha_slot *slot)
+{
+    ha_gate(slot);
+}
+
+static bool finish(ha_call *call, CK_RV rv)
+{
+    call->rv = rv;
+    call->finished = 1;
+    return false;
+}
+
+/* Locks the session and settles what needs no member. False: call->rv is the answer and no session is held. */
+bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
+{
+    const struct ha_row *row = &ha_rows[call->row];
+    ha_session *session = ha_session_lock(handle);
+    call->member = -1;
+    if (!session) return finish(call, CKR_SESSION_HANDLE_INVALID);
+    call->session = session;
+    call->slot = session->slot;
+    ha_gate(session->slot);
+
+    CK_RV rv = CKR_OK;
+    if (row->phase == HA_PHASE_INIT)
+        rv = !call->mechanism ? CKR_ARGUMENTS_BAD : session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
+    else if ((session->active & row->ops) != row->ops)
+        rv = CKR_OPERATION_NOT_INITIALIZED;
+    for (unsigned i = 0; rv == CKR_OK && i < call->objects; i++)
+        if (!ha_object_valid(call->object[i], session->slot) && !(row->optional_objects && !call->object[i]))
+            rv = row->bad_object[i];
+    if (rv == CKR_OK) rv = ha_mechanism_objects(call);
+    if (rv == CKR_OK) return true;
+    finish(call, rv);
+    call->session = NULL;
+    ha_session_unlock(session);
+    return false;
+}
+
+static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
+{
+    CK_RV rv = ha_unseal(question(call));
+    if (rv == HA_AGAIN) return true;
+    return finish(call, rv);
+}
+
+static bool bound_to_lost_member(const ha_call *call)
+{
+    const ha_session *session = call->session;
+    int m = session->member;
+    if (!session->active) return false;
+    return call->tried >> m & 1 || session->at[m].epoch != atomic_load(&session->slot->member[m]->epoch);
+}
+
+/* Operations move to another member only while they have taken no input; else they are lost, and said so. */
+int ha_session_may_move(ha_session *session)
+{
+    if (session->active & ~session->fresh) return 0;
+    for (unsigned k = 0; k < HA_OPS; k++)
+        if (session->active >> k & 1 && !session->operation[k].kept) return 0;
+    return 1;
+}
+
+/* Handles of this call on its member. False: not known there, the core must look. */
+static bool resolve_objects(ha_call *call)
+{
+    for (unsigned i = 0; i < call->objects; i++) {
+        if (call->object[i] == CK_INVALID_HANDLE) continue; /* optional argument */
+        call->member_object[i] = ha_object_at(call->object[i], call->member, call->epoch);
+        if (!call->member_object[i]) return false;
+    }
+    return true;
+}
+
+static uint32_t without_absent(const ha_call *call, uint32_t candidates)
+{
+    for (unsigned i = 0; i < call->objects; i++)
+        if (call->object[i] != CK_INVALID_HANDLE) candidates &= ~ha_object_absent_mask(call->object[i]);
+    return candidates;
+}
+
+static void repeat_operations(ha_call *call);
+
+/* Readies the next member for the call. False: call->rv is the answer. */
+bool ha_call_route(ha_call *call)
+{
+    ha_session *session = call->session;
+    ha_slot *slot = call->slot;
+    while (!call->finished) {
+        bool move = bound_to_lost_member(call);
+        if (move && !ha_session_may_move(session)) {
+            ha_session_forget_operations(session);
+            ha_core.operation_lost(call);
+            return finish(call, CKR_DEVICE_ERROR);
+        }
+        if (session->active && !move) {
+            call->member = session->member;
+        } else {
+            uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;
+            if (call->objects) may = without_absent(call, may);
+            for (unsigned k = 0; move && k < HA_OPS; k++)
+                if (session->active >> k & 1 && session->operation[k].key)
+                    may &= ~ha_object_absent_mask(session->operation[k].key);
+            call->member = may ? ha_slot_choose(slot, may, ha_rows[call->row].primary) : -1;
+            if (call->member < 0) {
+                if (ask_core(call, ha_core.no_member)) continue;
+                return false;
+            }
+        }
+        call->target = slot->member[call->member];
+        call->epoch = atomic_load_explicit(&call->target->epoch, memory_order_acquire);
+        if (call->objects && !resolve_objects(call)) {
+            if (ask_core(call, ha_core.locate)) continue;
+            return false;
+        }
+        if (call->mechanism) {
+            CK_RV rv = ha_mechanism_translate(call);
+            if (rv != CKR_OK) return finish(call, rv);
+        }
+        if (session->at[call->member].epoch != call->epoch) {
+            CK_RV rv = ha_session_open_member(session, call->member, call->epoch);
+            if (rv != CKR_OK) {
+                call->rv = rv;
+                if (ask_core(call, ha_core.decide)) continue;
+                return false;
+            }
+        }
+        call->member_session = session->at[call->member].handle;
+        if (move) {
+            repeat_operations(call);
+            continue;
+        }
+        call->function = call->target->functions[call->row];
+        if (!call->function) {
+            call->rv = CKR_FUNCTION_NOT_SUPPORTED;
+            if (ask_core(call, ha_core.decide)) continue;
+            return false;
+        }
+        if (ha_member_enter(call->target, call->epoch, call)) {
+            atomic_fetch_add_explicit(&call->target->calls, 1, memory_order_relaxed);
+            call->sent = 1;
+            return true;
+        }
+    }
+    return false;
+}
+
+int ha_call_next(ha_call *call)
+{
+    return ha_call_route(call);
+}
+
+void ha_call_answer(ha_call *call, CK_RV rv)
+{
+    ha_call_done(call, rv);
+}
+
+static bool clean(const ha_call *call, CK_RV rv)
+{
+    if (rv == CKR_OK) return true;
+    return rv < HA_CODES && atomic_load_explicit(&call->target->clean, memory_order_relaxed)[rv];
+}
+
+/* Judges the answer of the member just called. */
+void ha_call_done(ha_call *call, CK_RV rv)
+{
+    ha_member_leave(call->target, call);
+    call->rv = rv;
+    call->session->last_member = call->member;
+    if (clean(call, rv)) {
+        call->finished = 1;
+        if (call->answered) ha_core.settled(call);
+        return;
+    }
+    ask_core(call, ha_core.decide);
+}
+
+/* The Inits of all operations under way, again, on the member that `call` was given. */
+static void repeat_operations(ha_call *call)
+{
+    ha_session *session = call->session;
+    for (unsigned k = 0; k < HA_OPS; k++) {
+        if (!(session->active >> k & 1)) continue;
+        struct ha_operation *operation = &session->operation[k];
+        ha_call init = {.row = ha_init_rows[k], .member = call->member, .epoch = call->epoch, .session = session};
+        init.slot = call->slot;
+        init.target = call->target;
+        init.member_session = call->member_session;
+        init.mechanism = &operation->mechanism;
+        CK_RV rv = CKR_OK;
+        if (operation->key) init.object[init.objects++] = operation->key;
+        rv = ha_mechanism_objects(&init);
+        if (rv == CKR_OK && !resolve_objects(&init)) {
+            call->rv = CKR_OK;
+            init.tried = call->tried;
+            rv = ha_unseal(ha_core.locate(&init));
+            call->tried = init.tried;
+            free(init.mechanism_copy);
+            if (rv != HA_AGAIN) finish(call, rv);
+            return; /* route looks again */
+        }
+        if (rv == CKR_OK) rv = ha_mechanism_translate(&init);
+        if (rv == CKR_OK) {
+            if (!ha_member_enter(call->target, call->epoch, &init)) {
+                free(init.mechanism_copy);
+                return;
+            }
+            rv = ha_replay(&init, k);
+            ha_member_leave(call->target, &init);
+        }
+        free(init.mechanism_copy);
+        if (rv != CKR_OK) {
+            ha_session_drop(session, call->member); /* an Init before this one may have worked */
+            call->rv = rv;
+            ask_core(call, ha_core.decide);
+            return;
+        }
+    }
+    session->member = call->member;
+}
+
+/* The virtual handle of an object that the call made on its member. */
+CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDLE *object)
+{
+    *object = CK_INVALID_HANDLE;
+    return *made == CK_INVALID_HANDLE ? CKR_OK : ha_unseal(ha_core.adopt(call, *made, object));
+}
+
+ha_lengths ha_lengths_save(const CK_ATTRIBUTE *attributes, CK_ULONG count)
+{
+    ha_lengths lengths = {.count = count, .length = NULL};
+    CK_ULONG *length = lengths.few;
+    if (count > sizeof lengths.few / sizeof *lengths.few) {
+        length = lengths.length = malloc(count * sizeof *length);
+        lengths.failed = !length;
+    }
+    for (CK_ULONG k = 0; length && k < count; k++) length[k] = attributes[k].ulValueLen;
+    return lengths;
+}
+
+void ha_lengths_restore(const ha_lengths *lengths, CK_ATTRIBUTE *attributes)
+{
+    const CK_ULONG *length = lengths->length ? lengths->length : lengths->few;
+    for (CK_ULONG k = 0; k < lengths->count; k++) attributes[k].ulValueLen = length[k];
+}
+
+void ha_lengths_free(ha_lengths *lengths)
+{
+    free(lengths->length);
+}
+
+void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count)
+{
+    for (CK_ULONG i = 0; i < count; i++)
+        if (attributes[i].type == CKA_TOKEN && attributes[i].pValue && attributes[i].ulValueLen >= sizeof(CK_BBOOL) &&
+            *(CK_BBOOL *)attributes[i].pValue)
+            call->creates_token = 1;
+}
+
+/* What the answer does to the session's operations (PKCS#11 5.2), then unlocks it. */
+CK_RV ha_call_end(ha_call *call)
+{
+    const struct ha_row *row = &ha_rows[call->row];
+    ha_session *session = call->session;
+    CK_RV rv = call->rv;
+    if (row->ops) {
+        bool ends = false;
+        switch (row->phase) {
+        case HA_PHASE_INIT:
+            if (rv != CKR_OK) break;
+            if (!session->active) session->member = call->member;
+            session->active |= row->ops;
+            session->fresh |= row->ops;
+            if (row->keep)
+                ha_mechanism_keep(&session->operation[__builtin_ctz(row->ops)], call->mechanism,
+                                  row->bad_object[0] ? call->object[0] : 0);
+            break;
+        case HA_PHASE_UPDATE:
+            session->fresh &= ~row->ops;
+            ends = rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL;
+            break;
+        case HA_PHASE_MESSAGE: session->fresh &= ~row->ops; break;
+        case HA_PHASE_SINGLE:
+        case HA_PHASE_FINAL: ends = !(rv == CKR_OK && call->query) && rv != CKR_BUFFER_TOO_SMALL; break;
+        default: break;
+        }
+        if (ends) {
+            for (unsigned k = 0; k < HA_OPS; k++)
+                if (row->ops >> k & 1) ha_operation_forget(&session->operation[k]);
+            session->active &= ~row->ops;
+            session->fresh &= ~row->ops;
+        }
+    }
+    if (call->mechanism_copy) free(call->mechanism_copy);
+    ha_session_unlock(session);
+    return rv;
+}
+
+/* Cancelling needs C_SessionCancel on the member that runs the operation (PKCS#11 3.0, 5.6.9). */
+CK_RV native_C_SessionCancel(CK_SESSION_HANDLE hSession, CK_FLAGS flags)
+{
+    ha_call call = {.row = FN_C_SessionCancel};
+    if (!ha_call_begin(&call, hSession)) return call.rv;
+    while (ha_call_route(&call))
+        ha_call_done(&call, ((CK_C_SessionCancel)call.function)(call.member_session, flags));
+    if (call.rv == CKR_OK) {
+        for (unsigned k = 0; k < HA_OPS; k++)
+            if (ha_cancel_flags[k] & flags) {
+                ha_operation_forget(&call.session->operation[k]);
+                call.session->active &= ~(1U << k);
+                call.session->fresh &= ~(1U << k);
+            }
+        if (flags & CKF_FIND_OBJECTS) call.session->finding = false;
+    }
+    return ha_call_end(&call);
+}

@@ -1,0 +1,118 @@
+/*
+ * What passes between the data plane (C) and the core (Python): one text, read by the C compiler and by cffi.
+ *
+ * It stays within what cffi's parser takes: no preprocessor, no atomics.  Structures with atomics are opaque
+ * here; the core works on them through the functions below.  Functions named core_* are the core's, called by
+ * the data plane with the session of the call locked; ha_* are the data plane's.
+ */
+
+typedef struct ha_member ha_member;   /* a token of a vendor library: function table, epoch, calls in flight */
+typedef struct ha_slot ha_slot;       /* a virtual slot: a group, or a member's own slot */
+typedef struct ha_session ha_session; /* a virtual session */
+typedef struct ha_secret ha_secret;   /* bytes in locked memory that no core dump shows */
+
+/* One application call on its way through the members. `member` and `epoch` say where it stands. */
+typedef struct ha_call {
+    unsigned row;           /* index in the function table */
+    int member;             /* index in the slot's members, -1: none chosen */
+    unsigned epoch;         /* of that member when it was chosen */
+    unsigned tried;         /* members that this call shall not use again */
+    unsigned suspects;      /* members whose failure a success elsewhere would prove */
+    unsigned answered;      /* members that gave first_rv and so did not do the work */
+    unsigned repairs;       /* repairs made for this call (sessions, logins, handles), bit by class */
+    int sent;               /* the function itself has reached a member */
+    int finished;           /* rv is the answer */
+    int creates_token;      /* the templates ask for a token object */
+    int query;              /* the caller asks for a length only */
+    int alone;              /* meant for one member: the data plane asks the others itself */
+    CK_RV rv;               /* the member's answer, at last the application's */
+    CK_RV first_rv;         /* of the first member that failed */
+    ha_session *session;
+    ha_slot *slot;
+    ha_member *target;
+    CK_SESSION_HANDLE member_session;
+    unsigned objects;
+    CK_OBJECT_HANDLE object[4];        /* virtual; the arguments, then those inside the mechanism */
+    CK_OBJECT_HANDLE member_object[4]; /* the same on the chosen member */
+    CK_MECHANISM *mechanism;
+    CK_MECHANISM *member_mechanism;    /* `mechanism`, or a copy of it with the member's handles */
+    void *mechanism_copy;
+    void *function;                    /* of the chosen member */
+    int guarded;                       /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
+} ha_call;
+
+/* ---- members ---- */
+ha_member *ha_member_new(void);
+void ha_member_free(ha_member *member);
+void ha_member_functions(ha_member *member, void *list, unsigned count);
+void ha_member_function(ha_member *member, unsigned row, void *function);
+void *ha_member_pointer(ha_member *member, unsigned row);
+void ha_member_slot(ha_member *member, CK_SLOT_ID slot);
+void ha_member_names(ha_member *member, char *name, char *serial);
+CK_SLOT_ID ha_member_slot_id(ha_member *member);
+void ha_member_traits(ha_member *member, int guard_sigpipe, int one_call_at_a_time);
+void ha_member_clean(ha_member *member, unsigned char *clean); /* 512 bytes: 1 = this CKR_* is no fault */
+unsigned ha_member_epoch(ha_member *member);
+unsigned ha_member_new_epoch(ha_member *member);
+int ha_member_in_flight(ha_member *member);
+unsigned long long ha_member_calls(ha_member *member);
+int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call);
+void ha_member_leave(ha_member *member, ha_call *call);
+
+/* ---- virtual slots ---- */
+ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance); /* NULL: too many */
+void ha_slot_add(ha_slot *slot, ha_member *member);
+CK_SLOT_ID ha_slot_id(ha_slot *slot);
+void ha_slot_serving(ha_slot *slot, unsigned mask);
+void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: no check is due */
+void ha_slot_login(ha_slot *slot, CK_ULONG user, int write_protected); /* CK_UNAVAILABLE_INFORMATION: nobody */
+CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write);
+void ha_slot_gate(ha_slot *slot); /* the recovery check */
+void ha_slot_drain_pools(ha_slot *slot, int read_write);
+
+/* ---- virtual sessions ---- */
+ha_session *ha_session_find(CK_SESSION_HANDLE session); /* no lock: for the holder of the session's lock */
+ha_slot *ha_session_slot(ha_session *session);
+CK_FLAGS ha_session_flags(ha_session *session);
+CK_SESSION_HANDLE ha_session_handle(ha_session *session);
+int ha_session_member(ha_session *session);        /* serving the operation under way, -1: none */
+unsigned ha_session_active(ha_session *session);
+int ha_session_may_move(ha_session *session);      /* 1: what is under way may be repeated elsewhere */
+void ha_session_drop(ha_session *session, int member);
+void ha_session_own(ha_session *session, int member);
+CK_RV ha_session_bind(ha_session *session, int member, unsigned epoch, CK_SESSION_HANDLE *member_session);
+
+/* ---- virtual objects ---- */
+CK_OBJECT_HANDLE ha_object_new(ha_slot *slot);
+void ha_object_bind(CK_OBJECT_HANDLE object, int member, unsigned epoch, CK_OBJECT_HANDLE member_object);
+void ha_object_unbind(CK_OBJECT_HANDLE object, int member);
+void ha_object_absent(CK_OBJECT_HANDLE object, unsigned mask);
+void ha_object_free(CK_OBJECT_HANDLE object);
+
+/* ---- vendor libraries ---- */
+typedef struct ha_library ha_library;
+ha_library *ha_library_open(char *path, int private_copy, char *error, size_t error_size);
+void *ha_library_list(ha_library *library, unsigned *count, unsigned *major, unsigned *minor, char *error, size_t error_size);
+void *ha_library_function(ha_library *library, void *list, unsigned row);
+CK_RV ha_library_initialize(void *initialize, CK_FLAGS flags, char *reserved);
+CK_RV ha_library_finalize(void *finalize);
+int ha_environ_set(char **names, char **values, unsigned count);
+void ha_environ_restore(void);
+char *ha_getenv(char *name); /* NULL in a process with more rights than its caller */
+
+/* ---- secrets ---- */
+ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size);
+ha_secret *ha_secret_read(char *path, char *error, size_t error_size);
+CK_BYTE *ha_secret_bytes(ha_secret *secret);
+CK_ULONG ha_secret_size(ha_secret *secret);
+int ha_secret_equal(ha_secret *secret, CK_BYTE *bytes, CK_ULONG size);
+void ha_secret_wipe(ha_secret *secret);
+
+/* ---- life ---- */
+void ha_attached(char *version);         /* the core is complete; another version than ours is refused */
+void ha_say(char *line);                 /* one line on stderr */
+unsigned ha_fork_generation(void);       /* 0 in the process that loaded us, more in each child of a fork */
+
+/* ---- calls that the core carries out by itself, with the session locked ---- */
+int ha_call_next(ha_call *call);              /* 1: call `function` with `member_session`; 0: `rv` is the answer */
+void ha_call_answer(ha_call *call, CK_RV rv); /* what the member said */

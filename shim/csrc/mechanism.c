@@ -1,0 +1,145 @@
+/*
+ * Mechanism parameters: kept (a deep copy, so that an Init can be repeated) and translated (handles inside).
+ *
+ * Both follow the generated layouts of spec/mechanisms.py.  A mechanism outside the table passes through
+ * untouched and is not kept, so an operation begun with it is never repeated.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "ha.h"
+
+static void wipe(void *bytes, size_t size)
+{
+    memset(bytes, 0, size);
+    __asm__ volatile("" : : "r"(bytes) : "memory"); /* the stores may not be optimised away */
+}
+
+void ha_operation_forget(struct ha_operation *operation)
+{
+    if (operation->parameter) {
+        wipe(operation->parameter, operation->parameter_size);
+        free(operation->parameter);
+        operation->parameter = NULL;
+    }
+    operation->kept = false;
+}
+
+static size_t get_size(const char *structure, size_t offset)
+{
+    CK_ULONG value;
+    memcpy(&value, structure + offset, sizeof value);
+    return value;
+}
+
+static void *get_pointer(const char *structure, size_t offset)
+{
+    void *value;
+    memcpy(&value, structure + offset, sizeof value);
+    return value;
+}
+
+/* Keeps an Init for a repetition; operation->kept stays false where the parameter's layout is not known. */
+void ha_mechanism_keep(struct ha_operation *operation, const CK_MECHANISM *mechanism, CK_OBJECT_HANDLE key)
+{
+    ha_operation_forget(operation);
+    operation->key = key;
+    operation->mechanism = *mechanism;
+    if (!mechanism->pParameter || !mechanism->ulParameterLen) {
+        operation->kept = true;
+        return;
+    }
+    const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
+    if (!layout || !layout->kept || (layout->size && layout->size != mechanism->ulParameterLen)) return;
+
+    const char *given = mechanism->pParameter;
+    size_t size = mechanism->ulParameterLen;
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        size_t length = get_size(given, layout->buffer[k].length);
+        if (get_pointer(given, layout->buffer[k].pointer) && (size += length) < length) return;
+        if (length > (1UL << 24)) return; /* nobody's IV: do not follow a wild length */
+    }
+    char *copy = malloc(size);
+    if (!copy) return;
+    memcpy(copy, given, mechanism->ulParameterLen);
+    size_t end = mechanism->ulParameterLen;
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        const void *from = get_pointer(given, layout->buffer[k].pointer);
+        size_t length = get_size(given, layout->buffer[k].length);
+        if (!from) continue;
+        memcpy(copy + end, from, length);
+        void *inside = copy + end;
+        memcpy(copy + layout->buffer[k].pointer, &inside, sizeof inside);
+        end += length;
+    }
+    operation->parameter = operation->mechanism.pParameter = copy;
+    operation->parameter_size = size;
+    operation->kept = true;
+}
+
+/* Adds the virtual handles inside the mechanism to the call's objects. */
+CK_RV ha_mechanism_objects(ha_call *call)
+{
+    call->member_mechanism = call->mechanism;
+    const CK_MECHANISM *mechanism = call->mechanism;
+    if (!mechanism || !mechanism->pParameter) return CKR_OK;
+    CK_PRF_DATA_PARAM *data = NULL;
+    CK_ULONG count;
+    if (!ha_derivation_data(mechanism, &data, &count) || (count && !data)) return CKR_MECHANISM_PARAM_INVALID;
+    for (CK_ULONG k = 0; k < count; k++)
+        if (data[k].type == CK_SP800_108_KEY_HANDLE) return CKR_MECHANISM_PARAM_INVALID;
+    const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
+    if (!layout || !(layout->handles || layout->made)) return CKR_OK;
+    if (mechanism->ulParameterLen != layout->size) return CKR_MECHANISM_PARAM_INVALID;
+    for (unsigned k = 0; k < layout->handles; k++) {
+        CK_OBJECT_HANDLE object;
+        memcpy(&object, (char *)mechanism->pParameter + layout->handle[k], sizeof object);
+        if (object == CK_INVALID_HANDLE) continue; /* optional in every structure that has one */
+        if (!ha_object_valid(object, call->slot)) return CKR_KEY_HANDLE_INVALID;
+        if (call->objects == sizeof call->object / sizeof *call->object) return CKR_MECHANISM_PARAM_INVALID;
+        call->object[call->objects++] = object;
+    }
+    return CKR_OK;
+}
+
+/* A copy of the parameter with the chosen member's handles; inner buffers stay the application's, since some
+ * are written back. */
+CK_RV ha_mechanism_translate(ha_call *call)
+{
+    const struct ha_parameter *layout = NULL;
+    if (call->mechanism && call->mechanism->pParameter) layout = ha_parameter_of(call->mechanism->mechanism);
+    if (!layout || !layout->handles) return CKR_OK;
+    if (!call->mechanism_copy) call->mechanism_copy = malloc(sizeof(CK_MECHANISM) + layout->size);
+    if (!call->mechanism_copy) return CKR_HOST_MEMORY;
+    CK_MECHANISM *mechanism = call->mechanism_copy;
+    char *parameter = (char *)(mechanism + 1);
+    *mechanism = *call->mechanism;
+    memcpy(parameter, mechanism->pParameter, layout->size);
+    mechanism->pParameter = parameter;
+    for (unsigned k = 0; k < layout->handles; k++) {
+        CK_OBJECT_HANDLE object;
+        memcpy(&object, parameter + layout->handle[k], sizeof object);
+        for (unsigned i = 0; i < call->objects; i++)
+            if (call->object[i] == object)
+                memcpy(parameter + layout->handle[k], &call->member_object[i], sizeof object);
+    }
+    call->member_mechanism = mechanism;
+    return CKR_OK;
+}
+
+/* Virtual handles for the objects that the member made through the parameter. */
+CK_RV ha_mechanism_adopt(ha_call *call)
+{
+    const struct ha_parameter *layout = NULL;
+    if (call->mechanism->pParameter) layout = ha_parameter_of(call->mechanism->mechanism);
+    if (!layout || !layout->made) return CKR_OK;
+    char *filled = get_pointer(call->mechanism->pParameter, layout->made_pointer);
+    CK_RV rv = CKR_OK;
+    for (unsigned k = 0; filled && k < layout->made && rv == CKR_OK; k++) {
+        CK_OBJECT_HANDLE made, object = CK_INVALID_HANDLE;
+        memcpy(&made, filled + layout->made_handle[k], sizeof made);
+        rv = ha_call_adopt(call, &made, &object);
+        memcpy(filled + layout->made_handle[k], &object, sizeof object);
+    }
+    return rv;
+}

@@ -1,0 +1,588 @@
+"""The configuration: every option in one table, read from TOML, and refused with file, line and key."""
+
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pkcs11_ha.log import parse_target
+from pkcs11_ha.uri import TokenSelector, parse_pin_source, parse_token_uri
+
+SYSTEM_PATH = "/etc/pkcs11-ha/pkcs11-ha.toml"
+SYSTEM_STATE = "/run/pkcs11-ha"
+PROFILES = ("auto", "softhsm", "p11-kit", "generic")
+MEMBERS_MAX = 32
+
+ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
+"""The variables that say where things are."""
+
+Mode = Literal["call", "background"]
+Instance = Literal["shared", "own"]
+Host = Literal["process"]
+Balance = Literal["least-busy", "round-robin", "primary-first"]
+Replication = Literal["none"]
+
+
+@dataclass(frozen=True)
+class HaOptions:
+    """`[ha]`: how the library as a whole shows itself."""
+
+    only: bool
+    log: str
+    manufacturer: str
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """`[recovery]`: when lost members are tried again."""
+
+    interval_s: float
+    attempts: int
+    mode: Mode
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """`[[member]]`: one token of one vendor library; `env` is (name, value) pairs, `pin_source` a path."""
+
+    name: str
+    module: str
+    token: TokenSelector
+    env: tuple[tuple[str, str], ...]
+    init_args: str | None
+    pin_source: str | None
+    instance: Instance
+    host: Host
+    profile: str
+    call_timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """`[[group]]`: one virtual slot with its token; `members` and `standby` are names of members."""
+
+    label: str
+    serial: str | None
+    manufacturer: str
+    model: str
+    members: tuple[str, ...]
+    standby: tuple[str, ...]
+    balance: Balance
+    replication: Replication
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a configuration file says; members and groups in the file's order."""
+
+    path: str
+    ha: HaOptions
+    recovery: RecoveryOptions
+    members: tuple[MemberConfig, ...]
+    groups: tuple[GroupConfig, ...]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `str` is one line: `/path/x.toml:12: member.env: expected …`.
+
+    `line` is None where no line can be named, `key` empty where no key can.
+    """
+
+    def __init__(self, path: str, line: int | None, key: str, problem: str) -> None:
+        self.path, self.line, self.key, self.problem = path, line, key, problem
+        where = path if line is None else f"{path}:{line}"
+        super().__init__(": ".join(_printable(part) for part in (where, key, problem) if part))
+
+
+def _printable(text: str) -> str:
+    """The text on one line, whatever a key or a path contains."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+# ---- What values look like
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a value must look like: in words, and as the function that makes our value of TOML's.
+
+    `read` raises ValueError: with a message of its own, or without one where the words say it all.
+    """
+
+    words: str
+    read: Callable[[Any], Any]
+
+
+def _form(words: str, holds: Callable[[Any], bool], value: Callable[[Any], Any] | None = None) -> Form:
+    """A form of which `holds` says whether it is met; `value` makes our value, which may raise ValueError."""
+
+    def read(given: Any) -> Any:
+        if not holds(given):
+            raise ValueError
+        return given if value is None else value(given)
+
+    return Form(words, read)
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str) and "\0" not in given
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
+
+
+def _is_list_of_text(given: Any) -> bool:
+    return isinstance(given, list) and all(_is_text(element) for element in given)
+
+
+def _is_environment(given: Any) -> bool:
+    return isinstance(given, dict) and all(
+        name and "=" not in name and _is_text(name) and _is_text(value) for name, value in given.items()
+    )
+
+
+def _padded(least: int, most: int) -> Form:
+    """A field that PKCS#11 pads with blanks: blanks at its end could not be told from padding."""
+    return _form(
+        f"{least} to {most} bytes of printable UTF-8 without a blank at either end",
+        lambda given: (
+            _is_text(given)
+            and least <= len(given.encode()) <= most
+            and given.isprintable()
+            and given == given.strip()
+        ),
+    )
+
+
+def _choice(names: Sequence[str], later: Sequence[str] = ()) -> Form:
+    """One of `names`; those in `later` are known but refused."""
+
+    def read(given: Any) -> Any:
+        if given in later:
+            raise ValueError(f'"{given}" is not available in this version')
+        if given not in names:
+            raise ValueError
+        return given
+
+    return Form(" or ".join(f'"{name}"' for name in names), read)
+
+
+def _unavailable(why: str) -> Form:
+    def read(_given: Any) -> Any:
+        raise ValueError(f"{why}, which is not available in this version")
+
+    return Form(why, read)
+
+
+def _log_spec(given: str) -> str:
+    parse_target(given)
+    return given
+
+
+_BOOLEAN = _form("true or false", lambda given: isinstance(given, bool))
+_TEXT = _form("a string", _is_text)
+# 1e9 s is a number of nanoseconds that fits 64 bits; the bound also refuses inf and nan.
+_SECONDS = _form("a number of seconds above 0", lambda given: _is_number(given) and 0 < given <= 1e9)
+_ATTEMPTS = _form(
+    "a whole number, -1 or more",
+    lambda given: _is_number(given) and isinstance(given, int) and -1 <= given < 2**31,
+)
+# A name becomes part of paths, where "." and ".." are something else.
+_NAME = _form(
+    "a name of letters, digits and . _ -",
+    lambda given: _is_text(given) and bool(re.fullmatch(r"(?!\.\.?$)[A-Za-z0-9._-]+", given)),
+)
+_NAMES = _form("a list of member names", _is_list_of_text, tuple)
+_SOME_NAMES = _form(
+    "a list of at least one member name", lambda given: _is_list_of_text(given) and given != [], tuple
+)
+_PATH = _form("an absolute path", lambda given: _is_text(given) and given.startswith("/"))
+_ENVIRONMENT = _form("a table of strings", _is_environment, lambda given: tuple(given.items()))
+_SERIAL = _form(
+    "1 to 16 printable ASCII characters without a blank at either end",
+    lambda given: _is_text(given) and bool(re.fullmatch(r"(?! )[ -~]{1,16}(?<! )", given)),
+)
+_LOG = _form('"file:/path", "syslog", "stderr" or "off"', _is_text, _log_spec)
+_TOKEN = _form("a PKCS#11 URI (RFC 7512)", _is_text, parse_token_uri)
+_PIN_SOURCE = _form('"file:/path"', _is_text, parse_pin_source)
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table of options."""
+
+    section: str
+    name: str
+    form: Form
+    default: Any
+    doc: str
+
+    @property
+    def required(self) -> bool:
+        """Whether the file must say it; if not, `default` holds, where None is nothing."""
+        return self.default is _REQUIRED
+
+
+OPTIONS = (
+    Option("ha", "only", _BOOLEAN, True, "Show the groups alone; false: the members' own slots come first."),
+    Option("ha", "log", _LOG, "syslog", "Where the HA log goes."),
+    Option("ha", "manufacturer", _padded(0, 32), "pkcs11-ha", "The manufacturer that C_GetInfo names."),
+    #
+    Option("recovery", "interval_s", _SECONDS, 60, "Seconds to pass between attempts for a member (X)."),
+    Option("recovery", "attempts", _ATTEMPTS, -1, "Attempts for a member (N): -1 without limit, 0 none."),
+    Option("recovery", "mode", _choice(get_args(Mode)), "call", "Recover within calls, or in a thread too."),
+    Option("recovery", "budget_s", _SECONDS, 5, "Seconds that connecting one member may take, each time."),
+    #
+    Option("member", "name", _NAME, _REQUIRED, "What groups, log and tools call the member."),
+    Option("member", "module", _PATH, _REQUIRED, "The vendor's PKCS#11 library."),
+    Option("member", "token", _TOKEN, _REQUIRED, "Which of the library's tokens it is."),
+    Option("member", "env", _ENVIRONMENT, (), "Environment while the library is loaded and initialised."),
+    Option("member", "init_args", _TEXT, None, "The string C_Initialize gets in pReserved (NSS)."),
+    Option("member", "pin_source", _PIN_SOURCE, None, "File with the PIN, where the member has its own."),
+    Option("member", "instance", _choice(get_args(Instance)), "shared", "A copy of the library, or shared."),
+    Option("member", "host", _choice(get_args(Host), ("worker",)), "process", "Where the library runs."),
+    Option("member", "profile", _TEXT, "auto", "Name of the profile with the library's peculiarities."),
+    Option("member", "call_timeout_s", _unavailable('only with host = "worker"'), None, "Limit for a call."),
+    #
+    Option("group", "label", _padded(1, 32), _REQUIRED, "Label of the virtual token."),
+    Option("group", "serial", _SERIAL, None, 'Its serial; else "1" and the serial of the first member.'),
+    Option("group", "manufacturer", _padded(0, 32), "pkcs11-ha", "Its manufacturer."),
+    Option("group", "model", _padded(0, 16), "HA group", "Its model."),
+    Option("group", "members", _SOME_NAMES, _REQUIRED, "The active members; the first is the primary."),
+    Option("group", "standby", _NAMES, (), "Members that serve only when no active member is left."),
+    Option("group", "balance", _choice(get_args(Balance)), "least-busy", "How operations choose a member."),
+    Option(
+        "group",
+        "replication",
+        _choice(get_args(Replication), ("backend", "domain")),
+        "none",
+        "How keys come to be on every member.",
+    ),
+)
+"""Every option there is: what is not here is an unknown key."""
+
+_SECTIONS = tuple(dict.fromkeys(option.section for option in OPTIONS))
+
+
+# ---- Where the configuration is
+
+
+def is_secure(uid: int, euid: int, gid: int, egid: int) -> bool:
+    """Whether the process runs with rights its caller has not, so that the environment must not guide it."""
+    return uid != euid or gid != egid
+
+
+def _trusted(environ: Mapping[str, str], secure: bool | None) -> Mapping[str, str]:
+    if secure is None:
+        secure = is_secure(os.getuid(), os.geteuid(), os.getgid(), os.getegid())
+    return {} if secure else environ
+
+
+def find_path(environ: Mapping[str, str], secure: bool | None = None) -> str:
+    """The path of the configuration file, which need not exist.
+
+    $PKCS11_HA_CONF, else the file below $XDG_CONFIG_HOME if there is one, else the system's. The environment
+    has no say in a `secure` process; None finds out whether this is one.
+    """
+    environ = _trusted(environ, secure)
+    if environ.get("PKCS11_HA_CONF"):
+        return environ["PKCS11_HA_CONF"]
+    home = environ.get("XDG_CONFIG_HOME", "")
+    path = f"{home}/pkcs11-ha/pkcs11-ha.toml"
+    # the XDG Base Directory Specification has relative paths ignored
+    return path if home.startswith("/") and os.access(path, os.F_OK) else SYSTEM_PATH
+
+
+def state_dir(environ: Mapping[str, str], secure: bool | None = None) -> str:
+    """The directory of status segments and recover requests, which need not exist; `secure` as above."""
+    environ = _trusted(environ, secure)
+    if environ.get("PKCS11_HA_STATE"):
+        return environ["PKCS11_HA_STATE"]
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    return f"{runtime}/pkcs11-ha" if runtime.startswith("/") else SYSTEM_STATE
+
+
+# ---- Lines: tomllib tells what a value is, not where it stands
+
+Place = tuple[str | int, ...]
+"""Where a value stands: ("member", 1, "env", "HOME"); numbers count the elements of arrays."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: str
+    text: str
+
+    def error(self, place: Place, problem: str) -> ConfigError:
+        """The error for what stands, or is missing, at `place`, with the line of the nearest thing known."""
+        lines = locate(self.text)
+        nearest = next((place[:n] for n in range(len(place), 0, -1) if place[:n] in lines), ())
+        key = ".".join(part for part in place if isinstance(part, str))
+        return ConfigError(self.path, lines.get(nearest, 1), key, problem)
+
+
+def locate(text: str) -> dict[Place, int]:
+    """The line (from 1) on which each table, key and array element of a valid TOML document begins."""
+    walk = _Walk(text)
+    # a line that is not found costs a message its precision, no more
+    with suppress(ValueError, RecursionError):
+        walk.document()
+    return walk.lines
+
+
+class _Lost(ValueError):
+    """The walk met what it does not know: the text is not valid TOML."""
+
+
+_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_KEY = re.compile(r"""[ \t]*([A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')[ \t]*""")
+# Strings first, triple quotes before single ones; up to two quotes may stand right before the last three.
+_SCALAR = re.compile(
+    r'''"""(?:\\.|(?!""")[^\\])*"{3,5}'''
+    r"""|'{3}(?:(?!'{3}).)*'{3,5}"""
+    r"""|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|[^][{},#"'\s][^][{},#"'\r\n]*""",
+    re.DOTALL,
+)
+
+
+class _Walk:
+    """One pass over a TOML document (v1.0.0) that notes where things begin."""
+
+    def __init__(self, text: str) -> None:
+        self.lines: dict[Place, int] = {}
+        self._text = text
+        self._at = 0
+        self._tables: dict[Place, int] = {}  # arrays of tables, and how many tables each has so far
+
+    def document(self) -> None:
+        table: Place = ()
+        while self._next() != "":
+            if self._skip("[["):
+                table = self._header(array=True)
+            elif self._skip("["):
+                table = self._header(array=False)
+            else:
+                self._pair(table)
+
+    def _next(self) -> str:
+        """The next character that is neither blank nor comment; "" at the end."""
+        self._take(_BLANK)
+        return self._text[self._at : self._at + 1]
+
+    def _skip(self, mark: str) -> bool:
+        found = self._text.startswith(mark, self._at)
+        if found:
+            self._at += len(mark)
+        return found
+
+    def _take(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        match = pattern.match(self._text, self._at)
+        if match is None:
+            raise _Lost
+        self._at = match.end()
+        return match
+
+    def _note(self, place: Place) -> None:
+        self.lines.setdefault(place, 1 + self._text.count("\n", 0, self._at))
+
+    def _keys(self) -> list[str]:
+        """A key with its dots, as its parts."""
+        keys: list[str] = []
+        while not keys or self._skip("."):
+            word = self._take(_KEY)[1]
+            keys.append(tomllib.loads(f"key = {word}")["key"] if word[0] in "\"'" else word)
+        return keys
+
+    def _header(self, array: bool) -> Place:
+        """`[a.b]` or `[[a.b]]` behind its bracket: below an array of tables it means the last of them."""
+        place: Place = ()
+        keys = self._keys()
+        for position, key in enumerate(keys, 1):
+            place = (*place, key)
+            self._note(place)
+            if array and position == len(keys):
+                self._tables[place] = self._tables.get(place, 0) + 1
+            if place in self._tables:
+                place = (*place, self._tables[place] - 1)
+                self._note(place)
+        self._skip("]]" if array else "]")
+        return place
+
+    def _pair(self, place: Place) -> None:
+        for key in self._keys():
+            place = (*place, key)
+            self._note(place)
+        if not self._skip("="):
+            raise _Lost
+        self._value(place)
+
+    def _value(self, place: Place) -> None:
+        self._next()
+        if self._skip("["):
+            self._elements(place)
+        elif self._skip("{"):
+            while self._next() != "}":
+                if not self._skip(","):
+                    self._pair(place)
+            self._skip("}")
+        else:
+            self._take(_SCALAR)
+
+    def _elements(self, place: Place) -> None:
+        number = 0
+        while self._next() != "]":
+            if not self._skip(","):
+                self._note((*place, number))
+                self._value((*place, number))
+                number += 1
+        self._skip("]")
+
+
+# ---- Reading it
+
+
+def load(path: str, profiles: Sequence[str] = PROFILES) -> Config:
+    """Read the file and see that the files it names can be read; raises ConfigError.
+
+    `profiles` are the names that `profile` may have.
+    """
+    text = _read(path)
+    config = parse(text, path, profiles)
+    for number, member in enumerate(config.members):
+        for key, file in (("module", member.module), ("pin_source", member.pin_source)):
+            problem = file and _problem_with(file)
+            if problem:
+                raise _Source(path, text).error(("member", number, key), f"{file}: {problem}")
+    return config
+
+
+def _read(path: str) -> str:
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:
+            data = file.read()
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, None, "", _reason(error)) from None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, 1 + data.count(b"\n", 0, error.start), "", "not UTF-8") from None
+
+
+def _problem_with(path: str) -> str | None:
+    """Why the file cannot be read, if so. It is not opened: that could wait (a FIFO) or use it up."""
+    try:
+        descriptor = os.open(path, os.O_PATH)
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    try:
+        directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+    if directory:
+        return "is a directory"
+    return None if os.access(path, os.R_OK, effective_ids=True) else "permission denied"
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def parse(text: str, path: str, profiles: Sequence[str] = PROFILES) -> Config:
+    """Understand the text of a configuration file; `path` is for messages only. Raises ConfigError."""
+    tables = _toml(text, path)
+    source = _Source(path, text)
+    for section in tables:
+        if section not in _SECTIONS:
+            raise source.error((section,), f"unknown section; there are {', '.join(_SECTIONS)}")
+    config = Config(
+        path=path,
+        ha=HaOptions(**_values("ha", tables.get("ha", {}), ("ha",), source)),
+        recovery=RecoveryOptions(**_values("recovery", tables.get("recovery", {}), ("recovery",), source)),
+        members=tuple(MemberConfig(**values) for values in _values_of_each("member", tables, source)),
+        groups=tuple(GroupConfig(**values) for values in _values_of_each("group", tables, source)),
+    )
+    _check_names(config, profiles, source)
+    _check_membership(config, source)
+    return config
+
+
+def _toml(text: str, path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(path, None, "", "not valid TOML: nested too deeply") from None
+    except ValueError as error:
+        message, _, position = str(error).partition(" (at ")
+        found = re.match(r"line ([0-9]+)", position)
+        line = int(found[1]) if found else 1 + text.rstrip().count("\n")
+        raise ConfigError(path, line, "", f"not valid TOML: {message}") from None
+
+
+def _values_of_each(section: str, tables: dict[str, Any], source: _Source) -> list[dict[str, Any]]:
+    elements = tables.get(section, [])
+    if not isinstance(elements, list):
+        raise source.error((section,), f"expected [[{section}]]")
+    return [_values(section, table, (section, number), source) for number, table in enumerate(elements)]
+
+
+def _values(section: str, table: Any, place: Place, source: _Source) -> dict[str, Any]:
+    """The value of every option of the section: from the table, else its default."""
+    if not isinstance(table, dict):
+        raise source.error(place, "expected a table")
+    options = {option.name: option for option in OPTIONS if option.section == section}
+    for key in table:
+        if key not in options:
+            raise source.error((*place, key), f"unknown key; there are {', '.join(options)}")
+    values = {}
+    for name, option in options.items():
+        if name not in table and option.required:
+            raise source.error((*place, name), "required, but not given")
+        try:
+            values[name] = option.form.read(table[name]) if name in table else option.default
+        except ValueError as error:
+            raise source.error((*place, name), str(error) or f"expected {option.form.words}") from None
+    return values
+
+
+def _check_names(config: Config, profiles: Sequence[str], source: _Source) -> None:
+    """Names, labels and serials are given once; profiles exist."""
+    columns: dict[tuple[str, str], list[str | None]] = {
+        ("member", "name"): [member.name for member in config.members],
+        ("group", "label"): [group.label for group in config.groups],
+        ("group", "serial"): [group.serial for group in config.groups],
+    }
+    for (section, key), names in columns.items():
+        for number, name in enumerate(names):
+            if name is not None and name in names[:number]:
+                raise source.error((section, number, key), f"{name!r} is taken")
+    for number, member in enumerate(config.members):
+        if member.profile not in profiles:
+            names_known = " or ".join(f'"{name}"' for name in profiles)
+            raise source.error(("member", number, "profile"), f"expected {names_known}")
+
+
+def _check_membership(config: Config, source: _Source) -> None:
+    """Groups are made of members that exist, each in one place."""
+    if not config.groups:
+        raise source.error(("group",), "expected at least one [[group]]")
+    known = {member.name for member in config.members}
+    group_of: dict[str, str] = {}
+    for number, group in enumerate(config.groups):
+        if len(group.members) + len(group.standby) > MEMBERS_MAX:
+            raise source.error(("group", number, "members"), f"more than {MEMBERS_MAX} with the standbys")
+        for key, names in (("members", group.members), ("standby", group.standby)):
+            for position, name in enumerate(names):
+                place = ("group", number, key, position)
+                if name not in known:
+                    raise source.error(place, f"no [[member]] has the name {name!r}")
+                if name in group_of:
+                    raise source.error(place, f"{name!r} is already in group {group_of[name]!r}")
+                group_of[name] = group.label

@@ -1,0 +1,59 @@
+"""Calls that the core carries to members itself, in the data plane's loop: route, call, judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.slot import VirtualSlot
+from pkcs11_ha.spec.functions import INDEX
+
+
+class Carried:
+    """One call on its way; `index` is the member that answered last, `session` its session there."""
+
+    def __init__(self, name: str, slot: VirtualSlot, session: Any, objects: Sequence[int] = ()) -> None:
+        self.name = name
+        self.slot = slot
+        self.call = native.ffi.new("ha_call *")
+        self.call.row = INDEX[name]
+        self.call.member = -1
+        self.call.session = session
+        self.call.slot = slot.native
+        self.call.objects = len(objects)
+        for place, handle in enumerate(objects):
+            self.call.object[place] = handle
+
+    def only(self, member: Member) -> Carried:
+        """For one member and no other."""
+        self.call.alone = 1
+        self.call.tried = 0xFFFFFFFF & ~(1 << self.slot.index(member))
+        return self
+
+    def run(self, forward: Callable[[Any, Any], int]) -> int:
+        """`forward(function, call)` is the vendor's call; the return value is the application's."""
+        call = self.call
+        while native.lib.ha_call_next(call):
+            function = native.ffi.cast(f"CK_{self.name}", call.function)
+            native.lib.ha_call_answer(call, forward(function, call))
+        return int(call.rv)
+
+    @property
+    def index(self) -> int:
+        return int(self.call.member)
+
+    @property
+    def session(self) -> int:
+        return int(self.call.member_session)
+
+
+def asks_for_token_object(template: Any, count: int) -> bool | None:
+    """CKA_TOKEN of a template, None where it does not say."""
+    for index in range(count):
+        attribute = template[index]
+        if attribute.type == ck.CKA_TOKEN and attribute.pValue != native.ffi.NULL and attribute.ulValueLen:
+            return bool(native.ffi.cast("CK_BBOOL *", attribute.pValue)[0])
+    return None

@@ -1,0 +1,164 @@
+"""Objects made from a template, copied, changed and destroyed: on every member that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.entry.carry import Carried, asks_for_token_object
+from pkcs11_ha.entry.life import current, slot_of
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.slot import VirtualSlot
+
+
+def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
+    session = native.lib.ha_session_find(handle)
+    slot = slot_of(session)
+
+    def make(function: Any, call: Any, made: Any) -> int:
+        return int(function(call.member_session, template, count, made))
+
+    return _make("C_CreateObject", slot, session, (), bool(asks_for_token_object(template, count)), make, result)
+
+
+def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int:
+    session = native.lib.ha_session_find(handle)
+    slot = slot_of(session)
+    known = slot.objects.get(source)
+    token = asks_for_token_object(template, count)
+
+    def make(function: Any, call: Any, made: Any) -> int:
+        return int(function(call.member_session, call.member_object[0], template, count, made))
+
+    everywhere = known.identity.token if token is None else token
+    return _make("C_CopyObject", slot, session, (source,), everywhere, make, result)
+
+
+def _make(
+    name: str,
+    slot: VirtualSlot,
+    session: Any,
+    objects: tuple[int, ...],
+    everywhere: bool,
+    make: Callable[[Any, Any, Any], int],
+    result: Any,
+) -> int:
+    """Makes an object on one member and, if it is a token object, on all others that are there.
+
+    The template holds all there is to it, so a member that dies meanwhile is no obstacle: if it made the object
+    before it died, that one is recognised when it returns.
+    """
+    made = native.ffi.new("CK_OBJECT_HANDLE *")
+    first = Carried(name, slot, session, objects)
+    rv = first.run(lambda function, call: make(function, call, made))
+    if rv != ck.CKR_OK:
+        return rv
+    owner = int(native.lib.ha_session_handle(session))
+    known = slot.objects.adopt(first.index, first.session, int(made[0]), owner)
+    if not known.identity.token:
+        native.lib.ha_session_own(session, first.index)
+    elif everywhere:
+        for member in _others(slot, first.index):
+            carried = Carried(name, slot, session, objects).only(member)
+            rv = carried.run(lambda function, call: make(function, call, made))
+            if rv == ck.CKR_OK:
+                slot.objects.also_at(known, carried.index, int(made[0]))
+            elif member.state is MemberState.UP:
+                _partial(slot, member, name, rv)
+        if len(known.at) == 1:
+            slot.objects.pinned(known)
+    result[0] = known.handle
+    return ck.CKR_OK
+
+
+def _others(slot: VirtualSlot, index: int) -> list[Member]:
+    return [member for member in slot.up() if slot.index(member) != index]
+
+
+def _partial(slot: VirtualSlot, member: Member, name: str, rv: int) -> None:
+    current().log(Event("write.partial", slot.face.label, member.name, {"call": name, "code": ck.rv_name(rv)}))
+
+
+def _holders(slot: VirtualSlot, known: VirtualObject) -> list[Member]:
+    """Members that are there and have the object, in the group's order; asked, where it is not known."""
+    holders = []
+    for member in slot.up():
+        try:
+            if slot.objects.handle_at(known, slot.index(member)):
+                holders.append(member)
+        except CkError as error:
+            epoch = member.epoch
+            if member.probe():
+                raise
+            current().lose(member, error.rv, "C_FindObjects", epoch)
+    return holders
+
+
+def _on_every_holder(
+    name: str, slot: VirtualSlot, session: Any, known: VirtualObject, act: Callable[[Any, Any], int]
+) -> list[Carried]:
+    """The same call on every member that has the object; raises CkError if nobody did it.
+
+    The first answer decides: if it is an error nothing was changed anywhere.
+    """
+    done: list[Carried] = []
+    failure = ck.CKR_OK
+    holders = _holders(slot, known)
+    for member in holders:
+        carried = Carried(name, slot, session, (known.handle,)).only(member)
+        rv = carried.run(act)
+        if rv == ck.CKR_OK:
+            done.append(carried)
+        elif not done and member.state is MemberState.UP:
+            raise CkError(rv)
+        elif member.state is MemberState.UP:
+            _partial(slot, member, name, rv)
+            failure = rv
+    if failure != ck.CKR_OK:
+        raise CkError(failure)
+    if not done:
+        raise CkError(ck.CKR_DEVICE_ERROR if slot.serving_mask == 0 or known.at else ck.CKR_OBJECT_HANDLE_INVALID)
+    return done
+
+
+def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -> None:
+    session = native.lib.ha_session_find(handle)
+    slot = slot_of(session)
+    known = slot.objects.get(object_)
+    done = _on_every_holder(
+        "C_SetAttributeValue",
+        slot,
+        session,
+        known,
+        lambda function, call: int(function(call.member_session, call.member_object[0], template, count)),
+    )
+    slot.objects.renew(known, done[0].index, done[0].session)
+
+
+def _destroy_object(handle: int, object_: int) -> None:
+    session = native.lib.ha_session_find(handle)
+    slot = slot_of(session)
+    known = slot.objects.get(object_)
+    _on_every_holder(
+        "C_DestroyObject",
+        slot,
+        session,
+        known,
+        lambda function, call: int(function(call.member_session, call.member_object[0])),
+    )
+    away = sum(1 << i for i, m in enumerate(slot.members) if m.state is not MemberState.UP)
+    slot.objects.destroyed_while_away(known, away)
+    slot.objects.drop(known)
+
+
+HANDLERS = {
+    "C_CreateObject": _create_object,
+    "C_CopyObject": _copy_object,
+    "C_SetAttributeValue": _set_attribute_value,
+    "C_DestroyObject": _destroy_object,
+}

@@ -1,0 +1,253 @@
+"""What the data plane asks in the middle of a call: where an object is, what a fault means, what comes next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.codes import Code
+from pkcs11_ha.core.policy import Answer, Verdict, judge
+from pkcs11_ha.entry.life import current, slot_by_id, slot_of
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import login, native
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
+from pkcs11_ha.spec.functions import FUNCTIONS
+
+AGAIN = 0xFFFFFFFF  # HA_AGAIN: the data plane looks again
+
+_REPAIRABLE = (Code.SESSION, Code.LOGIN, Code.HANDLE, Code.LIBRARY, Code.OPERATION)
+_REPAIR_BIT = {code: 1 << bit for bit, code in enumerate(_REPAIRABLE)}
+
+
+def _slot(call: Any) -> VirtualSlot:
+    return slot_by_id(native.lib.ha_slot_id(call.slot))
+
+
+def _row_name(call: Any) -> str:
+    return FUNCTIONS[call.row].name
+
+
+def check(native_slot: Any) -> None:
+    """The recovery check is due."""
+    current().check(slot_by_id(native.lib.ha_slot_id(native_slot)))
+
+
+def decide(call: Any) -> int:
+    """A member's answer was not clean: repair, move on, or let it stand."""
+    slot = _slot(call)
+    member = slot.members[call.member]
+    row = FUNCTIONS[call.row]
+    code = member.code(call.rv)
+    active = native.lib.ha_session_active(call.session)
+    verdict = judge(
+        Answer(
+            code=code,
+            effect=row.effect,
+            phase=row.phase,
+            sent=bool(call.sent),
+            makes_token_objects=bool(call.creates_token),
+            other_operations=bool(active & ~int(row.ops)),
+            can_move=bool(native.lib.ha_session_may_move(call.session)),
+            logged_in=slot.user != NOBODY,
+            repaired=frozenset(c for c, bit in _REPAIR_BIT.items() if call.repairs & bit),
+        )
+    )
+    if code in _REPAIR_BIT:
+        call.repairs |= _REPAIR_BIT[code]
+    match verdict:
+        case Verdict.ANSWER:
+            return int(call.rv)
+        case Verdict.LOSE:
+            _lose(call, member)
+            call.tried |= 1 << call.member
+        case Verdict.LOSE_AND_TELL:
+            _lose(call, member)
+            return ck.CKR_DEVICE_ERROR
+        case Verdict.SUSPECT:
+            _answered(call)
+            call.suspects |= 1 << call.member
+        case Verdict.PROBE:
+            if member.probe():
+                return int(call.rv)
+            _lose(call, member)
+            if not native.lib.ha_session_may_move(call.session):
+                return AGAIN  # the data plane finds the operation lost, and says so
+            return ck.CKR_DEVICE_ERROR
+        case Verdict.ELSEWHERE:
+            _answered(call)
+        case Verdict.NEW_SESSION:
+            _drop_session(call)
+        case Verdict.NEW_LOGIN:
+            _log_in_again(call, slot, member)
+        case Verdict.NEW_HANDLES:
+            _forget_handles(call, slot)
+        case Verdict.NEW_LIBRARY:
+            _lose(call, member)
+            if not current().reconnect_now(member):
+                call.tried |= 1 << call.member
+    call.sent = 0
+    return AGAIN
+
+
+def _answered(call: Any) -> None:
+    if not call.answered:
+        call.first_rv = call.rv
+    call.answered |= 1 << call.member
+    call.tried |= 1 << call.member
+
+
+def _lose(call: Any, member: Member) -> None:
+    current().lose(member, int(call.rv), _row_name(call), int(call.epoch))
+
+
+def _drop_session(call: Any) -> None:
+    """The member session is replaced; what was under way in it is begun again, if it may be."""
+    native.lib.ha_session_drop(call.session, call.member)
+
+
+def _log_in_again(call: Any, slot: VirtualSlot, member: Member) -> None:
+    """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
+    with slot.login_lock:
+        member.user = None
+        try:
+            login.restore(slot, member)
+        except login.PinRefused as error:
+            current().refuse(member, error.rv)
+            call.tried |= 1 << call.member
+        except ConnectError:
+            _answered(call)
+
+
+def _forget_handles(call: Any, slot: VirtualSlot) -> None:
+    for place in range(call.objects):
+        if call.object[place]:
+            slot.objects.forget(int(call.object[place]), call.member)
+
+
+def locate(call: Any) -> int:
+    """Handles of the call's objects on its member are not known: look, prove, or mark them absent."""
+    slot = _slot(call)
+    for place in range(call.objects):
+        if not call.object[place]:
+            continue
+        try:
+            known = slot.objects.get(int(call.object[place]))
+        except CkError:
+            return _no_such_object(call, place)
+        try:
+            slot.objects.handle_at(known, call.member)
+        except CkError as error:
+            call.rv = error.rv
+            return decide(call)
+    return AGAIN
+
+
+def _no_such_object(call: Any, place: int) -> int:
+    return ck.CKR_OBJECT_HANDLE_INVALID if _row_name(call) in _ON_OBJECTS else ck.CKR_KEY_HANDLE_INVALID
+
+
+_ON_OBJECTS = {row.name for row in FUNCTIONS if row.name.endswith(("AttributeValue", "Object", "ObjectSize"))}
+
+
+def no_member(call: Any) -> int:
+    """Nobody is left for this call."""
+    slot = _slot(call)
+    if call.alone:
+        return int(call.first_rv or call.rv or ck.CKR_DEVICE_ERROR)
+    if call.answered:
+        for index, member in enumerate(slot.members):
+            if call.suspects >> index & 1 and member.state is MemberState.UP:
+                epoch = member.epoch
+                if not member.probe():
+                    current().lose(member, int(call.first_rv), _row_name(call), epoch)
+        alive = [i for i, m in enumerate(slot.members) if call.answered >> i & 1 and m.state is MemberState.UP]
+        if alive:
+            return int(call.first_rv)  # they all say so: it is the answer
+    if slot.serving_mask & ~call.tried:
+        serving = slot.serving_mask & ~call.tried
+        if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
+            return ck.CKR_KEY_HANDLE_INVALID if _scattered(slot, call, serving) else ck.CKR_DEVICE_ERROR
+    if call.objects and slot.serving_mask and not any(m.state is not MemberState.UP for m in slot.members):
+        return _no_such_object(call, 0)
+    return ck.CKR_DEVICE_ERROR
+
+
+def _present(slot: VirtualSlot, call: Any, place: int) -> int:
+    try:
+        return ~slot.objects.get(int(call.object[place])).absent
+    except CkError:
+        return 0
+
+
+def _scattered(slot: VirtualSlot, call: Any, serving: int) -> bool:
+    """Each object is somewhere, but no member has all that this call needs."""
+    together = serving
+    for place in range(call.objects):
+        together &= _present(slot, call, place)
+    return not together
+
+
+def settled(call: Any) -> None:
+    """Another member did what the suspects did not: they are at fault."""
+    slot = _slot(call)
+    for index, member in enumerate(slot.members):
+        if call.suspects >> index & 1:
+            current().lose(member, int(call.first_rv), _row_name(call), member.epoch)
+    if call.suspects and call.member >= 0:
+        details: dict[str, str | int] = {"call": _row_name(call), "code": ck.rv_name(int(call.first_rv))}
+        current().log(Event("call.failed_over", slot.face.label, slot.members[call.member].name, details))
+
+
+def operation_lost(call: Any) -> None:
+    """The data plane gave up an operation that had taken input on a member that is gone."""
+    slot = _slot(call)
+    member = slot.members[call.member].name if call.member >= 0 else ""
+    current().log(Event("operation.lost", slot.face.label, member, {"call": _row_name(call)}))
+
+
+def adopt(call: Any, made: int, handle: Any) -> None:
+    """A call made an object on its member."""
+    slot = _slot(call)
+    owner = int(native.lib.ha_session_handle(call.session))
+    known = slot.objects.adopt(call.member, int(call.member_session), int(made), owner)
+    if not known.identity.token:
+        native.lib.ha_session_own(call.session, call.member)
+    slot.objects.pinned(known)
+    handle[0] = known.handle
+
+
+def identify(call: Any, found: Any, count: int, handles: Any) -> None:
+    """A member found objects that the data plane does not know."""
+    slot = _slot(call)
+    members_handles = [int(found[i]) for i in range(count)]
+    for place, handle in enumerate(
+        slot.objects.recognise(call.member, int(call.member_session), members_handles)
+    ):
+        handles[place] = handle
+
+
+def session_closing(session: Any) -> None:
+    """Session objects die with the session that made them."""
+    handle = int(native.lib.ha_session_handle(session))
+    slot_of(session).objects.drop_if(lambda known: known.session == handle)
+
+
+def last_session_closed(native_slot: Any) -> None:
+    """Closing the last session logs out (PKCS#11 5.6.2)."""
+    login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)))
+
+
+HANDLERS = {
+    "check": check,
+    "no_member": no_member,
+    "locate": locate,
+    "decide": decide,
+    "settled": settled,
+    "operation_lost": operation_lost,
+    "adopt": adopt,
+    "identify": identify,
+    "session_closing": session_closing,
+    "last_session_closed": last_session_closed,
+}

@@ -1,0 +1,297 @@
+"""The HA log: what happened to which member, one line per event, to a file, to syslog or to stderr."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pkcs11_ha.uri import UriError, parse_file_uri
+
+IDENT = "pkcs11-ha"
+SYSLOG_SOCKET = "/dev/log"
+
+EVENTS = {
+    "call.failed_over": "a call was repeated on another member after its member failed",
+    "config.warned": "the configuration is valid but probably not what was meant",
+    "core.failed": "the library could not start, or met a fault of its own",
+    "core.started": "C_Initialize brought the library up",
+    "core.stopped": "C_Finalize took the library down",
+    "group.returned": "the first member of a group that had none is back",
+    "group.vanished": "the last member of a group is lost",
+    "login.member_refused": "a member refused the login that the others accepted",
+    "login.refused": "the login was refused, and no other member was tried with that PIN",
+    "login.succeeded": "the application is logged in",
+    "member.lost": "a member failed and is left out",
+    "member.recovered": "a lost member is back: connected, logged in, its objects reconciled",
+    "member.suspected": "a member gave an answer that another member must confirm or refute",
+    "object.ambiguous": "several objects of a member fit one virtual object, so none was chosen",
+    "object.pinned": "an object has no counterpart elsewhere and is served by its own member only",
+    "operation.lost": "an operation could not be continued on another member",
+    "recovery.exhausted": "the last permitted attempt to recover a member failed",
+    "recovery.failed": "an attempt to recover a member failed",
+    "recovery.stopped": "a member refused the PIN, so no further attempt is made to recover it",
+    "standby.promoted": "a standby serves because no active member is left",
+    "standby.released": "an active member is back and the standby serves no longer",
+    "write.partial": "a write reached some members and not others",
+}
+"""Every event there is, and what it means."""
+
+# A pipe takes a write of up to PIPE_BUF bytes (4096 on Linux) whole, so the lines of many processes do not
+# mix. The rest is room for time, ident and process id.
+_TEXT_MAX_BYTES = 4000
+_CHECK_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened: `name` out of EVENTS; group and member may be empty."""
+
+    name: str
+    group: str = ""
+    member: str = ""
+    details: Mapping[str, str | int] = field(default_factory=dict)
+
+
+def describe(event: Event) -> str:
+    """The event as one printable line: `group=prod member=east member.lost code=CKR_DEVICE_ERROR`.
+
+    Raises ValueError for an event that is not in EVENTS or a key that is not a word, TypeError for a value
+    that is neither text nor number: faults of ours, never of what a member said.
+    """
+    if event.name not in EVENTS:
+        raise ValueError(f"no such event: {event.name!r}")
+    for key in event.details:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
+            raise ValueError(f"{event.name}: not a word: {key!r}")
+    roles = {"group": event.group, "member": event.member}
+    who = [f"{role}={quote(name)}" for role, name in roles.items() if name]
+    what = [f"{key}={quote(value)}" for key, value in event.details.items()]
+    return _cut(" ".join([*who, event.name, *what]))
+
+
+def quote(value: str | int) -> str:
+    """A value as it may stand in a line: bare if harmless, else in double quotes, with `\\` escapes."""
+    # bytes may be a PIN or a key, and would come out as b'…'
+    if not isinstance(value, str | int):
+        raise TypeError(f"a log value is text or a number, not {type(value).__name__}")
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9._:/+@%,-]+", text):
+        return text
+    return '"' + "".join(_escape(character) for character in text) + '"'
+
+
+def _escape(character: str) -> str:
+    # Line breaks of every kind, terminal escapes, direction marks and lone surrogates are all not printable.
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def _cut(text: str) -> str:
+    data = text.encode()
+    return text if len(data) <= _TEXT_MAX_BYTES else data[:_TEXT_MAX_BYTES].decode(errors="ignore") + "…"
+
+
+def line(text: str, at_ms: int, pid: int) -> bytes:
+    """The line as written to a file or to stderr: `2026-11-22T17:18:27.123Z pkcs11-ha[PID] TEXT`.
+
+    `at_ms` is milliseconds since the epoch; the time is written in UTC (ISO 8601).
+    """
+    seconds, milliseconds = divmod(at_ms, 1000)
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{moment}.{milliseconds:03d}Z {IDENT}[{pid}] {text}\n".encode()
+
+
+def parse_target(spec: str) -> str:
+    """Where `spec` wants the log: "syslog", "stderr", "off", or the path of "file:/path"; else ValueError."""
+    if spec in ("syslog", "stderr", "off"):
+        return spec
+    try:
+        return parse_file_uri(spec)
+    except UriError as error:
+        raise ValueError(f'expected "file:/path", "syslog", "stderr" or "off" ({error})') from None
+
+
+class Sink(Protocol):
+    """A place for lines. It may lose one, but never raises: a log that fails must not fail a C_Sign."""
+
+    def put(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """Takes events, from any thread."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def write(self, event: Event) -> None:
+        """Write the event; raises only what `describe` raises, and that also when the log is off."""
+        self._sink.put(describe(event))
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        self._sink.close()
+
+
+def open_log(spec: str) -> Log:
+    """The log that `spec` asks for (see `parse_target`); ValueError if it is none, no other error ever."""
+    match parse_target(spec):
+        case "syslog":
+            return Log(_Syslog(SYSLOG_SOCKET))
+        case "stderr":
+            return Log(_Stderr())
+        case "off":
+            return Log(_Off())
+        case path:
+            return Log(_File(path, _Syslog(SYSLOG_SOCKET)))
+
+
+class _Off:
+    def put(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Stderr:
+    def put(self, text: str) -> None:
+        with suppress(OSError):  # closed by the host: there is nowhere left to say so
+            _write(2, _now(text))
+
+    def close(self) -> None:
+        pass
+
+
+class _Syslog:
+    """Datagrams to the local syslog daemon (RFC 3164; the daemon adds the time).
+
+    Not the syslog module: its openlog() changes ident and facility for the whole process, so the host's own
+    messages would come out as ours, and it waits when the daemon is slow. Each of these rare events has its
+    own socket: a descriptor that is kept may have been closed by the host and be something else by now.
+    """
+
+    _PRIORITY = 3 * 8 + 5  # LOG_DAEMON, LOG_NOTICE
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def put(self, text: str) -> None:
+        message = f"<{self._PRIORITY}>{IDENT}[{os.getpid()}]: {text}".encode()
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        # no daemon, or one that does not keep up: the line is lost, as syslog() loses it
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message, flags, self._address)
+
+    def close(self) -> None:
+        pass
+
+
+class _Descriptor:
+    """An open log file. Closed when nobody refers to it any more, so never under a thread that is writing."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.file = _file_behind(number)
+
+    def is_ours(self) -> bool:
+        """Whether the number still means that file: daemons close all descriptors, and numbers come again."""
+        return self.file is not None and _file_behind(self.number) == self.file
+
+    def __del__(self) -> None:
+        if self.is_ours():
+            os.close(self.number)
+
+
+def _file_behind(number: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(number)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _File:
+    """Appends to the file at `path`, also after log rotation; lines it cannot write go to `fallback`.
+
+    There is no lock, for the child of a fork() must not find it taken: threads that race may open the file
+    twice, and one of the two is closed again.
+    """
+
+    def __init__(self, path: str, fallback: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._fallback = fallback
+        self._clock = clock
+        self._held: _Descriptor | None = None
+        self._check_at = 0.0
+        self._complained = False
+        try:
+            self._follow()
+        except (OSError, ValueError) as error:
+            self._complain(error)
+
+    def put(self, text: str) -> None:
+        try:
+            held = self._current()
+            if held is not None:
+                _write(held.number, _now(text))
+                return
+        except (OSError, ValueError) as error:
+            self._complain(error)
+        self._fallback.put(text)
+
+    def close(self) -> None:
+        self._held = None
+
+    def _current(self) -> _Descriptor | None:
+        """The open file: looked for again at once when the host closed it, else at most once a second."""
+        stolen = self._held is not None and not self._held.is_ours()
+        if stolen or self._clock() >= self._check_at:
+            self._follow()
+        return self._held
+
+    def _follow(self) -> None:
+        """Hold the file that is at the path now; raises OSError, ValueError if no file can have that path."""
+        self._check_at = self._clock() + _CHECK_INTERVAL_S
+        # O_NONBLOCK: a FIFO without a reader is an error, not a wait
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY | os.O_NONBLOCK
+        try:
+            new = _Descriptor(os.open(self._path, flags, 0o640))
+        except (OSError, ValueError):
+            self._held = None
+            raise
+        held = self._held
+        if held is None or held.file != new.file or not held.is_ours():
+            self._held = new
+
+    def _complain(self, error: Exception) -> None:
+        if self._complained:
+            return
+        self._complained = True
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        _Stderr().put(f"log file {quote(self._path)} cannot be written ({why}): events go to syslog")
+
+
+def _now(text: str) -> bytes:
+    return line(text, time.time_ns() // 1_000_000, os.getpid())
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Write the line with one call; raises OSError, but no SIGPIPE, which would kill the host."""
+    pending = signal.SIGPIPE in signal.sigpending()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    try:
+        os.write(descriptor, data)
+    except BrokenPipeError:
+        if not pending:
+            signal.sigtimedwait({signal.SIGPIPE}, 0)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

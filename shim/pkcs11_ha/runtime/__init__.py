@@ -1,0 +1,1 @@
+"""Effects: vendor libraries, members, virtual slots, logins and objects, driven by the decisions of `core`."""

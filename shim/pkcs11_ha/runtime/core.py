@@ -1,0 +1,295 @@
+"""The core of one run, from C_Initialize to C_Finalize: members, virtual slots, loss and recovery."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+
+from pkcs11_ha import __version__, ck, config
+from pkcs11_ha.core import recovery
+from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
+from pkcs11_ha.log import Event, Log, open_log
+from pkcs11_ha.runtime import identity_file, login, native
+from pkcs11_ha.runtime.library import Libraries
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
+from pkcs11_ha.runtime.native import CkError, OutOfTime
+from pkcs11_ha.runtime.slot import Face, VirtualSlot
+
+_SERIAL_SIZE = 16
+_IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
+
+
+class Core:
+    """Everything that lives from C_Initialize to C_Finalize.  The only writer of member states."""
+
+    def __init__(
+        self, settings: config.Config, state_dir: str, flags: int, clock: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.may_use_threads = not flags & ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
+        self.log_target: Log = open_log(settings.ha.log)
+        self.rule = Rule(int(settings.recovery.interval_s * 1e9), settings.recovery.attempts)
+        self.lock = threading.RLock()  # of member states and what is published of them
+        self.attempting = threading.Lock()  # one recovery attempt at a time
+        self.changed = threading.Condition()  # a group vanished or returned, or the end has come
+        self.stopping = False
+        self.libraries = Libraries(self.may_use_threads)
+        used = {name for group in settings.groups for name in (*group.members, *group.standby)}
+        configs = [c for c in settings.members if c.name in used or not settings.ha.only]
+        self.members = {c.name: Member(c, clock()) for c in configs}
+        self.stuck: set[str] = set()
+        self.slots: dict[int, VirtualSlot] = {}
+        self._connect_all()
+        self.slots = self._make_slots(state_dir)
+        # slot id -> present, as C_WaitForSlotEvent last reported it
+        self.reported = {slot.id: slot.present for slot in self.slots.values() if slot.is_group}
+        self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
+        self.thread: threading.Thread | None = None
+        if settings.recovery.mode == "background" and self.may_use_threads:
+            self.thread = threading.Thread(target=self._recover_in_background, name="pkcs11-ha recovery", daemon=True)
+            self.thread.start()
+
+    def log(self, event: Event) -> None:
+        """Writes one event; the log's own failures never reach a call."""
+        self.log_target.write(event)
+
+    # ---- start ----
+
+    def _connect_all(self) -> None:
+        """All members at once, so that one that does not answer costs its budget and no more."""
+        if not self.may_use_threads:
+            for member in self.members.values():
+                self._connect(member)
+            return
+        threads = [threading.Thread(target=self._connect, args=(m,), daemon=True) for m in self.members.values()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _connect(self, member: Member) -> None:
+        try:
+            self._within_budget(member, lambda: member.connect(self.libraries, self.settings.recovery.budget_s))
+            member.state = MemberState.UP
+        except (ConnectError, OutOfTime) as error:
+            member.outage = Outage(self.clock())
+            details: dict[str, str | int] = {"call": "C_Initialize", "why": str(error) or "no answer in time"}
+            self.log(Event("member.lost", "", member.name, details))
+
+    def _within_budget(self, member: Member, work: Callable[[], None]) -> None:
+        def late() -> None:
+            self.stuck.discard(member.name)
+            member.connecting = False
+            self._publish(self.slots_of(member))
+
+        member.connecting = True
+        try:
+            native.within(self.settings.recovery.budget_s, self.may_use_threads, work, late)
+            member.connecting = False
+        except OutOfTime:
+            self.stuck.add(member.name)  # still under way: no other attempt until it ends
+            raise
+        except BaseException:
+            member.connecting = False
+            raise
+
+    def _make_slots(self, state_dir: str) -> dict[int, VirtualSlot]:
+        slots: list[VirtualSlot] = []
+        known = identity_file.remembered(state_dir)
+        learnt: dict[str, str] = {}
+        if not self.settings.ha.only:
+            for member in self.members.values():
+                face = Face(member.name, "", "", "", "")
+                slot = VirtualSlot(len(slots), face, [member], 0, "primary-first", self.log)
+                slot.is_group = False
+                slots.append(slot)
+        for group in self.settings.groups:
+            members = [self.members[name] for name in (*group.members, *group.standby)]
+            serial = group.serial
+            if serial is None and members[0].facts is not None:
+                serial = learnt[group.label] = ("1" + members[0].facts.serial)[:_SERIAL_SIZE]
+            elif serial is None:
+                serial = self._serial_without_member(group.label, members[0], known)
+            face = Face("HA Virtual Card Slot", group.label, serial, group.manufacturer, group.model)
+            slots.append(VirtualSlot(len(slots), face, members, len(group.standby), group.balance, self.log))
+        identity_file.remember(state_dir, learnt)
+        self._publish(slots)
+        for slot in slots:
+            slot.publish_login()
+        return {slot.id: slot for slot in slots}
+
+    def _serial_without_member(self, label: str, first: Member, known: dict[str, str]) -> str:
+        wanted = dict(first.config.token.wanted).get("serial")
+        if wanted:
+            return f"1{wanted}"[:_SERIAL_SIZE]
+        if label in known:
+            return known[label]
+        details = {"why": f"member {first.name} was never seen: set the group's serial to keep it constant"}
+        self.log(Event("config.warned", label, first.name, details))
+        return ("1" + str(int(sha256(label.encode()).hexdigest(), 16)))[:_SERIAL_SIZE]
+
+    # ---- what is published ----
+
+    def _publish(self, slots: Iterable[VirtualSlot]) -> None:
+        with self.lock:
+            for slot in slots:
+                slot.publish(min((self._due_at(member) for member in slot.members), default=NEVER_NS))
+        with self.changed:
+            self.changed.notify_all()
+
+    def _due_at(self, member: Member) -> int:
+        if member.state is MemberState.UP or member.connecting:
+            return NEVER_NS
+        return recovery.due_at_ns(member.outage, self.rule)
+
+    def slots_of(self, member: Member) -> list[VirtualSlot]:
+        return [slot for slot in self.slots.values() if member in slot.members]
+
+    # ---- loss ----
+
+    def lose(self, member: Member, rv: int, call: str, epoch: int) -> None:
+        """Leaves a member out, unless the fault is of a life before this one."""
+        with self.lock:
+            if member.state is not MemberState.UP or member.epoch != epoch:
+                return
+            member.state = MemberState.AWAY
+            member.user = None
+            member.outage = Outage(self.clock())
+            member.loss_was_read = False
+            member.lost_with = rv
+            native.lib.ha_member_new_epoch(member.native)
+            slots = self.slots_of(member)
+            for slot in slots:
+                details: dict[str, str | int] = {"code": ck.rv_name(rv), "call": call}
+                self.log(Event("member.lost", slot.face.label, member.name, details))
+            self._publish(slots)
+        for slot in slots:
+            slot.objects.member_lost(slot.index(member))
+
+    def refuse(self, member: Member, rv: int) -> None:
+        """Leaves out a member that refused the PIN; it is not tried again with it."""
+        self.lose(member, rv, "C_Login", member.epoch)
+        with self.lock:
+            member.outage = recovery.after_failure(member.outage, self.clock(), pin_refused=True)
+            self._publish(self.slots_of(member))
+
+    # ---- recovery ----
+
+    def check(self, slot: VirtualSlot) -> None:
+        """The recovery check of every call: at most one attempt at a time, the other callers go on."""
+        if not self.attempting.acquire(blocking=False):
+            return
+        try:
+            for member in slot.members:
+                if self._is_due(member):
+                    self.attempt(member)
+        finally:
+            self.attempting.release()
+
+    def _is_due(self, member: Member) -> bool:
+        with self.lock:
+            away = member.state is MemberState.AWAY and not member.connecting
+            return away and recovery.is_due(member.outage, self.rule, self.clock())
+
+    def attempt(self, member: Member) -> bool:
+        """One attempt to take a member in again: connected, logged in, its objects matched."""
+        slots = self.slots_of(member)
+        try:
+            member.connecting = True
+            self._publish(slots)  # others do not come here meanwhile
+            self._within_budget(member, lambda: self._bring_back(member, slots))
+        except (ConnectError, CkError, OutOfTime) as error:
+            self._failed(member, slots, error)
+            return False
+        return True
+
+    def _bring_back(self, member: Member, slots: list[VirtualSlot]) -> None:
+        """Also when the caller has given up waiting: a success that comes late is a success."""
+        failed = member.outage.failed
+        member.connect(self.libraries, self.settings.recovery.budget_s)
+        for slot in slots:
+            login.restore(slot, member)
+        for slot in slots:
+            slot.objects.reconcile(slot.index(member))
+        with self.lock:
+            member.connecting = False
+            member.state = MemberState.UP
+            for slot in slots:
+                self.log(Event("member.recovered", slot.face.label, member.name, {"attempt": failed + 1}))
+            self._publish(slots)
+        for slot in slots:
+            slot.publish_login()
+
+    def _failed(self, member: Member, slots: list[VirtualSlot], error: Exception) -> None:
+        with self.lock:
+            refused = isinstance(error, PinRefused)
+            member.outage = recovery.after_failure(member.outage, self.clock(), refused)
+            limit = "unlimited" if self.rule.attempts < 0 else str(self.rule.attempts)
+            details: dict[str, str | int] = {
+                "attempt": f"{member.outage.failed} of {limit}",
+                "why": str(error) or "no answer in time",
+            }
+            exhausted = recovery.is_exhausted(member.outage, self.rule)
+            for slot in slots:
+                self.log(Event("recovery.failed", slot.face.label, member.name, details))
+                if refused:
+                    self.log(Event("recovery.stopped", slot.face.label, member.name))
+                elif exhausted:
+                    self.log(Event("recovery.exhausted", slot.face.label, member.name))
+            self._publish(slots)
+
+    def reconnect_now(self, member: Member) -> bool:
+        """At once: somebody finalised the library of a member that is well."""
+        with self.attempting:
+            if member.state is MemberState.UP:
+                return True  # another caller has done it
+            return self.attempt(member)
+
+    def _recover_in_background(self) -> None:
+        while True:
+            with self.changed:
+                if self.stopping:
+                    return
+                self.changed.wait(_IDLE_STEP_S)
+                if self.stopping:
+                    return
+            for slot in self.slots.values():
+                if any(self._is_due(member) for member in slot.members):
+                    self.check(slot)
+
+    # ---- end ----
+
+    def stop(self) -> None:
+        """Wakes what waits: the background thread and a blocking C_WaitForSlotEvent."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+
+    def finalise(self) -> None:
+        """Logs out, finalises the libraries that are ours and in which nothing is stuck."""
+        self.stop()
+        if self.thread is not None:
+            self.thread.join(self.settings.recovery.budget_s)
+        for slot in self.slots.values():
+            login.logout(slot)
+        with self.lock:
+            for member in self.members.values():
+                native.lib.ha_member_new_epoch(member.native)
+                if native.lib.ha_member_in_flight(member.native):
+                    self.stuck.add(member.name)
+        self.libraries.finalise(frozenset(self.stuck))
+        for member in self.members.values():
+            if member.name not in self.stuck:
+                native.lib.ha_member_free(member.native)
+        self.log(Event("core.stopped"))
+        self.log_target.close()
+
+
+def start(flags: int) -> Core:
+    """Reads the configuration and brings the core up; raises ConfigError."""
+    environ = {name: value for name in config.ENVIRONMENT if (value := native.getenv(name)) is not None}
+    settings = config.load(config.find_path(environ))
+    return Core(settings, config.state_dir(environ), flags)

@@ -1,0 +1,176 @@
+"""Vendor libraries in this process: one instance per state, shared by the members that must share it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.config import MemberConfig
+from pkcs11_ha.runtime import native
+from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
+
+# Libraries whose function list is bound to the environment of the moment it was asked for: the variables need
+# not stand while it is initialised, which may take long (the server is asked).
+_ENV_AT_LIST = ("p11-kit-client",)
+
+
+class LibraryError(Exception):
+    """A library cannot be used; `str` is one line."""
+
+
+class Instance:
+    """One initialised state of a library: a function list, and the members that live in it."""
+
+    def __init__(self, library: Any, path: str, config: MemberConfig) -> None:
+        self.library = library
+        self.path = path
+        self.config = config
+        self.members: set[str] = set()
+        self.list: Any = None
+        self.count = 0
+        self.version = (0, 0)
+        self.initialised = False
+        self.foreign = False  # the host initialised it: it is not ours to finalise
+        self.one_call_at_a_time = False
+
+    def take_list(self) -> None:
+        """Asks for the function list; some libraries answer with a new one each time."""
+        count, major, minor = (native.ffi.new("unsigned *") for _ in range(3))
+        error = native.ffi.new("char[512]")
+        found = native.lib.ha_library_list(self.library, count, major, minor, error, 512)
+        if not found:
+            raise LibraryError(f"{self.path}: {native.ffi.string(error).decode()}")
+        self.list, self.count, self.version = found, count[0], (major[0], minor[0])
+
+    def pointer(self, row: int) -> Any:
+        """The library's own function of a row, NULL if it has none."""
+        if row >= self.count:
+            return native.ffi.NULL
+        return native.lib.ha_library_function(self.library, self.list, row)
+
+    def publish(self, member: Any) -> None:
+        """Puts the functions into a member's table."""
+        for row in range(len(FUNCTIONS)):
+            native.lib.ha_member_function(member, row, self.pointer(row))
+
+    def initialise(self, can_create_threads: bool) -> None:
+        """C_Initialize; 0x191 means that the host uses this library too."""
+        if self.initialised:
+            return
+        flags = ck.CKF_OS_LOCKING_OK | (0 if can_create_threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS)
+        reserved = native.ffi.NULL if self.config.init_args is None else native.text(self.config.init_args)
+        function = self.pointer(INDEX["C_Initialize"])
+        rv = native.lib.ha_library_initialize(function, flags, reserved)
+        if rv == ck.CKR_CANT_LOCK:
+            rv = native.lib.ha_library_initialize(function, 0, reserved)
+            self.one_call_at_a_time = True
+        if rv not in (ck.CKR_OK, ck.CKR_CRYPTOKI_ALREADY_INITIALIZED):
+            raise LibraryError(f"{self.path}: C_Initialize answers {ck.rv_name(rv)}")
+        self.foreign = rv == ck.CKR_CRYPTOKI_ALREADY_INITIALIZED
+        self.initialised = True
+
+    def finalise(self) -> None:
+        """C_Finalize, if it is ours to call; its answer changes nothing."""
+        if self.initialised and not self.foreign:
+            native.lib.ha_library_finalize(self.pointer(INDEX["C_Finalize"]))
+        self.initialised = False
+
+
+class Libraries:
+    """All instances of one run, from C_Initialize to C_Finalize."""
+
+    def __init__(self, can_create_threads: bool) -> None:
+        self.can_create_threads = can_create_threads
+        self.instances: list[Instance] = []
+        self.lock = threading.Lock()  # of `instances`; held while a library is loaded, not while initialised
+
+    def instance_for(self, config: MemberConfig) -> Instance:
+        """The instance a member lives in, loaded if need be and not yet initialised."""
+        with self.lock:
+            own = config.instance == "own"
+            instance = self._load(config, own)
+            twin = next((i for i in self.instances if i.list == instance.list), None)
+            if twin and (twin.config.env, twin.config.init_args) != (config.env, config.init_args):
+                instance, twin = self._load(config, True), None  # two settings are two states
+            if twin:
+                instance = twin
+            else:
+                self.instances.append(instance)
+            instance.members.add(config.name)
+            return instance
+
+    def _load(self, config: MemberConfig, own: bool) -> Instance:
+        with environment(config):
+            instance = Instance(_open(config.module, own), config.module, config)
+            instance.take_list()
+        return instance
+
+    def initialise(self, instance: Instance, config: MemberConfig) -> None:
+        """Initialises an instance under its member's `env`."""
+        if any(name in os.path.basename(config.module) for name in _ENV_AT_LIST):
+            instance.initialise(self.can_create_threads)
+        else:
+            with environment(config):
+                instance.initialise(self.can_create_threads)
+
+    def restart(self, instance: Instance, config: MemberConfig) -> None:
+        """Finalises and takes a new list: how a library is made to forget a dead connection."""
+        instance.finalise()
+        with environment(config):
+            instance.take_list()
+        self.initialise(instance, config)
+
+    def finalise(self, stuck: frozenset[str]) -> None:
+        """Finalises every instance in which no call is stuck."""
+        for instance in self.instances:
+            if not instance.members & stuck:
+                instance.finalise()
+
+
+# Opened files stay open for the life of the process; a child of a fork must not use the parent's.
+_opened: dict[tuple[int, int, int], Any] = {}
+
+
+def _open(path: str, own: bool) -> Any:
+    generation = native.lib.ha_fork_generation()
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise LibraryError(f"{path}: {error.strerror}") from None
+    key = (generation, status.st_dev, status.st_ino)
+    if not own and key in _opened:
+        return _opened[key]
+    error = native.ffi.new("char[512]")
+    # In a child the library that the parent loaded has the parent's state, and locks that nobody will release.
+    library = native.lib.ha_library_open(native.text(path), own or generation > 0, error, 512)
+    if not library:
+        raise LibraryError(native.ffi.string(error).decode("utf-8", "replace"))
+    if not own:
+        _opened[key] = library
+    return library
+
+
+_environment_lock = threading.Lock()
+
+
+@contextmanager
+def environment(config: MemberConfig) -> Iterator[None]:
+    """The member's `env` stands in the process's environment; one member at a time."""
+    if not config.env:
+        yield
+        return
+    with _environment_lock:
+        names = [native.text(name) for name, _ in config.env]
+        values = [native.text(value) for _, value in config.env]
+        if not native.lib.ha_environ_set(
+            native.ffi.new("char *[]", names), native.ffi.new("char *[]", values), len(names)
+        ):
+            raise LibraryError(f"member {config.name}: its env cannot be set")
+        try:
+            yield
+        finally:
+            native.lib.ha_environ_restore()

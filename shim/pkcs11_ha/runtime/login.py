@@ -1,0 +1,173 @@
+"""Login of a virtual slot: one member first, the others only if it agreed, and no PIN twice after a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.codes import PIN_REFUSED, Code
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
+
+_TRIES = 3  # of a member whose answer says nothing about the PIN (SoftHSM stumbles over parallel logins)
+
+Lose = Callable[[Member, int, str, int], None]
+
+
+class Pin:
+    """The PIN for one member: the application's, or the member's own.  NULL where the device asks for it."""
+
+    def __init__(self, pointer: Any, size: int) -> None:
+        self.pointer, self.size = pointer, size
+
+
+def own_pin(member: Member) -> Any:
+    """The ha_secret of a member's pin_source, None without one; raises ConnectError if it cannot be read."""
+    if member.config.pin_source is None:
+        return None
+    error = native.ffi.new("char[512]")
+    secret = native.lib.ha_secret_read(native.text(member.config.pin_source), error, 512)
+    if not secret:
+        raise ConnectError(ck.CKR_PIN_INVALID, f"pin_source: {native.ffi.string(error).decode('utf-8', 'replace')}")
+    return secret
+
+
+def login_member(member: Member, user: int, pin: Pin) -> int:
+    """Logs in on one member, with its own PIN if it has one; what the member said at last."""
+    own = own_pin(member) if user == ck.CKU_USER else None
+    try:
+        if own is not None:
+            pin = Pin(native.lib.ha_secret_bytes(own), native.lib.ha_secret_size(own))
+        for _ in range(_TRIES):
+            rv = member.login(user, pin.pointer, pin.size)
+            if rv in PIN_REFUSED or rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
+                break
+            if member.code(rv) not in (Code.DEAD, Code.SUSPECT) and rv != ck.CKR_USER_PIN_NOT_INITIALIZED:
+                break
+        return rv
+    finally:
+        if own is not None:
+            native.lib.ha_secret_wipe(own)
+
+
+def restore(slot: VirtualSlot, member: Member) -> None:
+    """Logs a returning member in as its slot is; raises ConnectError, PinRefused if it must not be tried again."""
+    if slot.user == NOBODY or member.user == slot.user:
+        return
+    if slot.secret is None and member.config.pin_source is None:
+        raise ConnectError(ck.CKR_USER_NOT_LOGGED_IN, "logged in without a PIN that could be kept")
+    secret = slot.secret
+    pin = Pin(native.ffi.NULL, 0)
+    if secret is not None:
+        pin = Pin(native.lib.ha_secret_bytes(secret), native.lib.ha_secret_size(secret))
+    rv = login_member(member, slot.user, pin)
+    if rv in PIN_REFUSED:
+        raise PinRefused(rv, f"C_Login answers {ck.rv_name(rv)}")
+    if rv not in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
+        raise ConnectError(rv, f"C_Login answers {ck.rv_name(rv)}")
+
+
+def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[Member, int], None]) -> None:
+    """C_Login of CKU_USER or CKU_SO on a virtual slot (PKCS#11 5.6.8).  Raises CkError.
+
+    `lose(member, rv, call, epoch)` drops a member that failed, `refuse(member, rv)` one that alone refused a
+    PIN.
+    """
+    with slot.login_lock:
+        if slot.user != NOBODY:
+            raise CkError(
+                ck.CKR_USER_ALREADY_LOGGED_IN if slot.user == user else ck.CKR_USER_ANOTHER_ALREADY_LOGGED_IN
+            )
+        if user == ck.CKU_SO:
+            _make_way_for_so(slot)
+        _verify(slot, user, pin, lose)
+        slot.user = user
+        if pin.pointer != native.ffi.NULL:
+            slot.secret = native.lib.ha_secret_new(pin.pointer, pin.size) or None
+        for member in [m for m in slot.up() if m.user != user]:
+            _follow(slot, member, user, pin, lose, refuse)
+        slot.publish_login()
+    slot.log(Event("login.succeeded", slot.face.label))
+
+
+def _make_way_for_so(slot: VirtualSlot) -> None:
+    """The SO may not log in while a read-only session is open (PKCS#11 5.6.8): not ours either."""
+    total = native.lib.ha_slot_sessions(slot.native, False)
+    if total > native.lib.ha_slot_sessions(slot.native, True):
+        raise CkError(ck.CKR_SESSION_READ_ONLY_EXISTS)
+    native.lib.ha_slot_drain_pools(slot.native, False)
+
+
+def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
+    """The PIN is tried on one member alone; the next one only if that member was lost."""
+    candidates = slot.up()
+    if user == ck.CKU_USER:
+        candidates = [m for m in candidates if m.config.pin_source is None]
+        if not candidates and slot.up():
+            _verify_against_own(slot, pin)
+            return
+    for member in candidates:
+        epoch = member.epoch
+        rv = login_member(member, user, pin)
+        if rv == ck.CKR_OK:
+            return
+        if rv == ck.CKR_USER_ALREADY_LOGGED_IN:
+            # The host is logged in on this token by itself: the PIN is still to be verified.
+            continue
+        if member.code(rv) in (Code.DEAD, Code.SUSPECT, Code.SESSION, Code.LIBRARY):
+            lose(member, rv, "C_Login", epoch)
+            continue
+        slot.log(Event("login.refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
+        raise CkError(rv)
+    if any(member.state is MemberState.UP for member in candidates):
+        raise CkError(ck.CKR_USER_ALREADY_LOGGED_IN)
+    raise CkError(ck.CKR_DEVICE_ERROR)
+
+
+def _verify_against_own(slot: VirtualSlot, pin: Pin) -> None:
+    """Every member has a PIN of its own: the application must know the first one's."""
+    try:
+        own = own_pin(slot.up()[0])
+    except ConnectError as error:
+        raise CkError(ck.CKR_GENERAL_ERROR, str(error)) from None
+    try:
+        if pin.pointer == native.ffi.NULL or not native.lib.ha_secret_equal(own, pin.pointer, pin.size):
+            slot.log(Event("login.refused", slot.face.label, "", {"code": "CKR_PIN_INCORRECT"}))
+            raise CkError(ck.CKR_PIN_INCORRECT)
+    finally:
+        native.lib.ha_secret_wipe(own)
+
+
+def _follow(
+    slot: VirtualSlot, member: Member, user: int, pin: Pin, lose: Lose, refuse: Callable[[Member, int], None]
+) -> None:
+    epoch = member.epoch
+    try:
+        rv = login_member(member, user, pin)
+    except ConnectError as error:
+        rv = error.rv
+    if rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
+        return
+    slot.log(Event("login.member_refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
+    if rv in PIN_REFUSED:
+        refuse(member, rv)
+    else:
+        lose(member, rv, "C_Login", epoch)
+
+
+def logout(slot: VirtualSlot) -> None:
+    """C_Logout: private objects become invisible, the PIN is wiped (PKCS#11 5.6.9).  Never fails for a member."""
+    with slot.login_lock:
+        was, slot.user = slot.user, NOBODY
+        slot.publish_login()
+        if slot.secret is not None:
+            native.lib.ha_secret_wipe(slot.secret)
+            slot.secret = None
+        slot.objects.drop_if(lambda known: known.identity.private)
+        for member in slot.up():
+            if was != NOBODY:
+                member.logout()

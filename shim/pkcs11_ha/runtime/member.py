@@ -1,0 +1,308 @@
+"""A member: one token of a vendor library, from loading to loss and back."""
+
+from __future__ import annotations
+
+import enum
+import time
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.config import MemberConfig
+from pkcs11_ha.core import codes
+from pkcs11_ha.core.recovery import Outage
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.library import Instance, Libraries, LibraryError
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.spec.functions import INDEX
+
+_QUIET_STEP_S = 0.002
+
+
+class MemberState(enum.Enum):
+    """AWAY and UP; `Outage` says more about a member that is away."""
+
+    AWAY = "away"
+    UP = "up"
+
+
+class ConnectError(Exception):
+    """A member cannot be reached; `rv` is the code to show for it, `str` one line."""
+
+    def __init__(self, rv: int, why: str) -> None:
+        super().__init__(why)
+        self.rv = rv
+
+
+class PinRefused(ConnectError):
+    """A member refused its PIN: no further attempt may be made with it."""
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a member's token says of itself, kept for when it is slow or away."""
+
+    label: str
+    manufacturer: str
+    model: str
+    serial: str
+    flags: int
+    numbers: tuple[int, ...]  # the ulong fields of CK_TOKEN_INFO, in its order
+    hardware: tuple[int, int]
+    firmware: tuple[int, int]
+
+
+class Member:
+    """One token.  `state` and `outage` are written by `Core` alone, under its lock."""
+
+    def __init__(self, config: MemberConfig, now_ns: int) -> None:
+        self.config = config
+        self.name = config.name
+        self.native = native.lib.ha_member_new()
+        self.state = MemberState.AWAY
+        self.outage = Outage(now_ns)
+        self.loss_was_read = False  # the first status after a loss says CKR_DEVICE_ERROR
+        self.lost_with = ck.CKR_TOKEN_NOT_PRESENT
+        self.instance: Instance | None = None
+        self.profile = profile_of(config)
+        self.facts: TokenFacts | None = None
+        self.mechanisms: dict[int, tuple[int, int, int] | None] = {}  # type -> (min, max, flags), None: not asked
+        self.service = threading.RLock()  # of the service session: held over its calls
+        self.session: int = 0  # kept open so that the login and the handles outlive other sessions
+        self.user: int | None = None  # logged in on this member
+        self.connecting = False  # an attempt is under way, perhaps beyond its budget
+        self.learning = False  # somebody is asking it for its token information
+        self._clean = native.ffi.new("unsigned char[]", codes.clean_table(self.profile))
+        native.lib.ha_member_clean(self.native, self._clean)
+        self._name()
+
+    # ---- calls ----
+
+    @property
+    def epoch(self) -> int:
+        """Changes at every loss and every return; handles are of one epoch."""
+        return int(native.lib.ha_member_epoch(self.native))
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Calls one function of the library; CKR_DEVICE_REMOVED if the member is being replaced."""
+        function = native.lib.ha_member_pointer(self.native, INDEX[name])
+        if not function:
+            return ck.CKR_FUNCTION_NOT_SUPPORTED
+        guard = native.ffi.new("ha_call *")
+        if not native.lib.ha_member_enter(self.native, self.epoch, guard):
+            return ck.CKR_DEVICE_REMOVED
+        try:
+            return int(native.ffi.cast(f"CK_{name}", function)(*arguments))
+        finally:
+            native.lib.ha_member_leave(self.native, guard)
+
+    def code(self, rv: int) -> codes.Code:
+        """The class of one of its answers."""
+        return codes.classify(rv, self.profile)
+
+    # ---- connection ----
+
+    def connect(self, libraries: Libraries, budget_s: float) -> None:
+        """Loads or restarts the library, finds the token, opens the service session.
+
+        Raises ConnectError.  The member serves nobody yet: logging in and matching objects come next.
+        """
+        try:
+            if self.instance is None:
+                self.instance = libraries.instance_for(self.config)
+                libraries.initialise(self.instance, self.config)
+            elif self._may_restart(budget_s):
+                libraries.restart(self.instance, self.config)
+            elif not self.instance.initialised:
+                libraries.initialise(self.instance, self.config)
+        except LibraryError as error:
+            raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, str(error)) from None
+        instance = self.instance
+        instance.publish(self.native)
+        guard = self.profile != "softhsm"  # SoftHSM writes to no socket, so SIGPIPE cannot come from it
+        # p11-kit-client can lose a wake-up when its server dies under several threads, and leave one waiting for ever.
+        one_by_one = instance.one_call_at_a_time or self.profile == "p11-kit"
+        native.lib.ha_member_traits(self.native, guard, one_by_one)
+        native.lib.ha_member_new_epoch(self.native)
+        self.session, self.user = 0, None
+        native.lib.ha_member_slot(self.native, self._find_slot())
+        self.learn()
+        self.mechanisms = dict.fromkeys(self._mechanism_types())
+        self._open_service_session()
+        self._name()
+
+    def _may_restart(self, budget_s: float) -> bool:
+        """Whether the library may be finalised: no sibling lives in it, and no call is inside it any more."""
+        assert self.instance
+        if self.instance.foreign or len(self.instance.members) > 1:
+            return False
+        deadline = time.monotonic() + budget_s
+        while native.lib.ha_member_in_flight(self.native):
+            if time.monotonic() > deadline:
+                raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")
+            time.sleep(_QUIET_STEP_S)
+        return True
+
+    def _find_slot(self) -> int:
+        """The slot whose token the configuration selects; slot ids move, so it is looked for each time."""
+        matches = []
+        for slot in self._slots():
+            slot_info, token_info = native.ffi.new("CK_SLOT_INFO *"), native.ffi.new("CK_TOKEN_INFO *")
+            if self.call("C_GetSlotInfo", slot, slot_info) or self.call("C_GetTokenInfo", slot, token_info):
+                continue
+            library = native.ffi.new("CK_INFO *")
+            self.call("C_GetInfo", library)
+            if self.config.token.matches(slot, *_selectable(slot_info, token_info, library)):
+                matches.append(slot)
+        if not matches:
+            raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, f"no token matches {self.config.token}")
+        if len(matches) > 1:
+            raise ConnectError(
+                ck.CKR_TOKEN_NOT_RECOGNIZED, f"{len(matches)} tokens match {self.config.token}: be more precise"
+            )
+        return matches[0]
+
+    def _slots(self) -> Sequence[int]:
+        count = native.ffi.new("CK_ULONG *")
+        for _ in range(3):  # slots may appear between the two calls
+            self._must("C_GetSlotList", ck.CK_TRUE, native.ffi.NULL, count)
+            slots = native.ffi.new("CK_SLOT_ID[]", max(1, count[0]))
+            rv = self.call("C_GetSlotList", ck.CK_TRUE, slots, count)
+            if rv == ck.CKR_OK:
+                return [int(slots[i]) for i in range(count[0])]
+            if rv != ck.CKR_BUFFER_TOO_SMALL:
+                raise ConnectError(rv, f"C_GetSlotList answers {ck.rv_name(rv)}")
+        raise ConnectError(ck.CKR_DEVICE_ERROR, "its slot list does not stand still")
+
+    def _must(self, name: str, *arguments: Any) -> None:
+        rv = self.call(name, *arguments)
+        if rv != ck.CKR_OK:
+            raise ConnectError(rv, f"{name} answers {ck.rv_name(rv)}")
+
+    def learn(self) -> None:
+        """Reads the token's information anew; raises ConnectError."""
+        info = native.ffi.new("CK_TOKEN_INFO *")
+        self._must("C_GetTokenInfo", native.lib.ha_member_slot_id(self.native), info)
+        self.facts = TokenFacts(
+            native.padded(info.label),
+            native.padded(info.manufacturerID),
+            native.padded(info.model),
+            native.padded(info.serialNumber),
+            int(info.flags),
+            tuple(int(getattr(info, field)) for field in TOKEN_NUMBERS),
+            (info.hardwareVersion.major, info.hardwareVersion.minor),
+            (info.firmwareVersion.major, info.firmwareVersion.minor),
+        )
+
+    def _mechanism_types(self) -> Sequence[int]:
+        slot, count = native.lib.ha_member_slot_id(self.native), native.ffi.new("CK_ULONG *")
+        self._must("C_GetMechanismList", slot, native.ffi.NULL, count)
+        types = native.ffi.new("CK_MECHANISM_TYPE[]", max(1, count[0]))
+        self._must("C_GetMechanismList", slot, types, count)
+        return [int(types[i]) for i in range(count[0])]
+
+    def mechanism_info(self, mechanism: int) -> tuple[int, int, int]:
+        """(ulMinKeySize, ulMaxKeySize, flags), asked once; raises CkError."""
+        known = self.mechanisms.get(mechanism)
+        if known is None:
+            info = native.ffi.new("CK_MECHANISM_INFO *")
+            rv = self.call("C_GetMechanismInfo", native.lib.ha_member_slot_id(self.native), mechanism, info)
+            native.check(rv)
+            known = (int(info.ulMinKeySize), int(info.ulMaxKeySize), int(info.flags))
+            self.mechanisms[mechanism] = known
+        return known
+
+    @property
+    def write_protected(self) -> bool:
+        return bool(self.facts and self.facts.flags & ck.CKF_WRITE_PROTECTED)
+
+    def _open_service_session(self) -> None:
+        """Read-write where the token allows it: a read-only session stands in the way of the SO."""
+        flags = ck.CKF_SERIAL_SESSION | (0 if self.write_protected else ck.CKF_RW_SESSION)
+        session = native.ffi.new("CK_SESSION_HANDLE *")
+        slot = native.lib.ha_member_slot_id(self.native)
+        self._must("C_OpenSession", slot, flags, native.ffi.NULL, native.ffi.NULL, session)
+        self.session = int(session[0])
+
+    def probe(self) -> bool:
+        """Whether it answers at all: its token is there and it opens a session."""
+        info = native.ffi.new("CK_TOKEN_INFO *")
+        slot = native.lib.ha_member_slot_id(self.native)
+        if self.call("C_GetTokenInfo", slot, info) != ck.CKR_OK:
+            return False
+        session = native.ffi.new("CK_SESSION_HANDLE *")
+        rv = self.call("C_OpenSession", slot, ck.CKF_SERIAL_SESSION, native.ffi.NULL, native.ffi.NULL, session)
+        if rv == ck.CKR_SESSION_READ_WRITE_SO_EXISTS:
+            return True
+        if rv == ck.CKR_OK:
+            rv = self.call("C_CloseSession", session[0])
+        return rv == ck.CKR_OK
+
+    def _name(self) -> None:
+        native.lib.ha_member_names(self.native, native.text(self.name), native.text(self.serial))
+
+    @property
+    def serial(self) -> str:
+        """The token's serial number; what the configuration says of it, or the member's name, while unknown."""
+        if self.facts:
+            return self.facts.serial
+        return str(dict(self.config.token.wanted).get("serial", self.name[:16]))
+
+    # ---- login ----
+
+    def login(self, user: int, pin: Any, size: int) -> int:
+        """One C_Login on the service session; what the member says.  Never called twice with a refused PIN."""
+        with self.service:
+            rv = self.call("C_Login", self.session, user, pin, size)
+            if rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
+                self.user = user
+            return rv
+
+    def logout(self) -> int:
+        with self.service:
+            self.user = None
+            return self.call("C_Logout", self.session)
+
+
+def _selectable(*structures: Any) -> tuple[dict[str, object], ...]:
+    """CK_SLOT_INFO, CK_TOKEN_INFO and CK_INFO as the plain values that a selector compares."""
+    return tuple({name: _plain(getattr(s, name)) for name, _ in native.ffi.typeof(s[0]).fields} for s in structures)
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, int):
+        return value
+    if native.ffi.typeof(value) is native.ffi.typeof("CK_VERSION"):
+        return (value.major, value.minor)
+    return native.padded(value)
+
+
+TOKEN_NUMBERS = (
+    "ulMaxSessionCount",
+    "ulSessionCount",
+    "ulMaxRwSessionCount",
+    "ulRwSessionCount",
+    "ulMaxPinLen",
+    "ulMinPinLen",
+    "ulTotalPublicMemory",
+    "ulFreePublicMemory",
+    "ulTotalPrivateMemory",
+    "ulFreePrivateMemory",
+)
+
+
+def profile_of(config: MemberConfig) -> str:
+    """The profile that `auto` stands for, by the name of the library's file."""
+    if config.profile != "auto":
+        return config.profile
+    name = config.module.rsplit("/", 1)[-1]
+    if name.startswith("libsofthsm2"):
+        return "softhsm"
+    return "p11-kit" if name.startswith("p11-kit-client") else "generic"
+
+
+def raise_ck(error: ConnectError) -> CkError:
+    """A failed connection as an application sees it."""
+    return CkError(error.rv, str(error))

@@ -1,0 +1,407 @@
+"""Virtual objects of one slot: which member object each stands for, proven before it is used in another's place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.identity import Identity, Kind, Match, Name, compare, complete, vouched
+from pkcs11_ha.core.proof import USAGE_ATTRIBUTES, Operation, Proof, evidence, plan_proof, shared_usage
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import attributes, native
+from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.native import CkError
+
+
+@dataclass
+class Binding:
+    """The object on one member; `epoch` dates the handle."""
+
+    epoch: int
+    handle: int
+    proven: bool  # False: a claim by name alone, to be proven before use
+
+
+@dataclass
+class VirtualObject:
+    """One object as the application knows it."""
+
+    handle: int
+    identity: Identity
+    session: int = 0  # of a session object: the virtual session that made it
+    at: dict[int, Binding] = field(default_factory=dict)  # by member index
+    absent: int = 0  # members that are known not to have it, as a mask
+    proof: Proof | None = None  # how it was proven last, and
+    evidence: bytes | None = None  # what it showed
+
+
+class ObjectMap:
+    """All virtual objects of one slot.  The only writer of the data plane's object table."""
+
+    def __init__(self, slot: Any, label: str, members: Sequence[Member], log: Callable[[Event], None]) -> None:
+        self.native = slot
+        self.label = label
+        self.members = members
+        self.log = log
+        self.lock = threading.RLock()  # of the tables below; never held over a call to a member
+        self.proving = threading.Lock()  # one proof at a time; held over calls
+        self.objects: dict[int, VirtualObject] = {}
+        self.by_name: dict[Name, list[VirtualObject]] = {}
+        self.by_member: list[dict[tuple[int, int], VirtualObject]] = [{} for _ in members]
+        self.tombstones: list[list[VirtualObject]] = [[] for _ in members]  # destroyed while the member was away
+
+    # ---- the tables ----
+
+    def get(self, handle: int) -> VirtualObject:
+        """Raises CkError(CKR_OBJECT_HANDLE_INVALID)."""
+        with self.lock:
+            found = self.objects.get(handle)
+        if found is None:
+            raise CkError(ck.CKR_OBJECT_HANDLE_INVALID)
+        return found
+
+    def _new(self, identity: Identity, session: int = 0) -> VirtualObject:
+        handle = int(native.lib.ha_object_new(self.native))
+        if not handle:
+            raise CkError(ck.CKR_HOST_MEMORY)
+        new = VirtualObject(handle, identity, session)
+        self.objects[handle] = new
+        self.by_name.setdefault(identity.name, []).append(new)
+        return new
+
+    def _bind(self, known: VirtualObject, member: int, epoch: int, handle: int, proven: bool) -> None:
+        known.at[member] = Binding(epoch, handle, proven)
+        known.absent &= ~(1 << member)
+        self.by_member[member][(epoch, handle)] = known
+        self._publish(known)
+
+    def _publish(self, known: VirtualObject) -> None:
+        """What the data plane may use: nothing while a claim is open, so that the first use comes to us."""
+        settled = all(binding.proven for binding in known.at.values())
+        for member, binding in known.at.items():
+            if settled:
+                native.lib.ha_object_bind(known.handle, member, binding.epoch, binding.handle)
+            else:
+                native.lib.ha_object_unbind(known.handle, member)
+        native.lib.ha_object_absent(known.handle, known.absent)
+
+    def _unbind(self, known: VirtualObject, member: int) -> None:
+        binding = known.at.pop(member, None)
+        if binding:
+            self.by_member[member].pop((binding.epoch, binding.handle), None)
+            native.lib.ha_object_unbind(known.handle, member)
+
+    def _is_current(self, member: int, binding: Binding | None) -> bool:
+        return (
+            binding is not None
+            and self.members[member].state is MemberState.UP
+            and binding.epoch == self.members[member].epoch
+        )
+
+    def drop(self, known: VirtualObject) -> None:
+        """The object is gone: its handle is dead."""
+        with self.lock:
+            for member in list(known.at):
+                self._unbind(known, member)
+            native.lib.ha_object_free(known.handle)
+            self.objects.pop(known.handle, None)
+            namesakes = self.by_name.get(known.identity.name, [])
+            if known in namesakes:
+                namesakes.remove(known)
+            if not namesakes:
+                self.by_name.pop(known.identity.name, None)
+
+    def forget(self, handle: int, index: int) -> None:
+        """A member does not know its handle any more: it is to be looked for again."""
+        with self.lock:
+            known = self.objects.get(handle)
+            if known is not None:
+                self._unbind(known, index)
+
+    def drop_if(self, condition: Callable[[VirtualObject], bool]) -> None:
+        """Drops what dies with a session, a login or a member."""
+        with self.lock:
+            for known in [known for known in self.objects.values() if condition(known)]:
+                self.drop(known)
+
+    def member_lost(self, index: int) -> None:
+        """Session objects die with the member's sessions."""
+        self.drop_if(lambda known: not known.identity.token and index in known.at)
+
+    # ---- recognising ----
+
+    def recognise(self, index: int, session: int, handles: Sequence[int]) -> list[int]:
+        """Virtual handles for what a member found; 0 for what applications do not see.  Raises CkError."""
+        member, epoch = self.members[index], self.members[index].epoch
+        result = []
+        for handle in handles:
+            with self.lock:
+                known = self.by_member[index].get((epoch, handle))
+            if known is None:
+                try:
+                    identity = attributes.who(member, session, handle)
+                except CkError as error:
+                    if error.rv == ck.CKR_OBJECT_HANDLE_INVALID:
+                        result.append(0)  # destroyed since it was found
+                        continue
+                    raise
+                known = self._place(index, epoch, handle, identity)
+            result.append(known.handle if known else 0)
+        return result
+
+    def _place(self, index: int, epoch: int, handle: int, identity: Identity) -> VirtualObject | None:
+        """The virtual object a new member object is, or a new one.  None: it was destroyed in the group."""
+        with self.lock:
+            known = self.by_member[index].get((epoch, handle))
+            if known:
+                return known
+            if any(compare(t.identity, identity) is not Match.DIFFERENT for t in self.tombstones[index]):
+                return None
+            same, unproven = self._candidates(index, identity)
+            if same:
+                self._bind(same[0], index, epoch, handle, proven=True)
+                return same[0]
+            if len(unproven) == 1:
+                self._bind(unproven[0], index, epoch, handle, proven=False)
+                return unproven[0]
+            if unproven:
+                self._event("object.ambiguous", index, identity)
+            new = self._new(identity)
+            self._bind(new, index, epoch, handle, proven=True)
+            return new
+
+    def _candidates(self, index: int, identity: Identity) -> tuple[list[VirtualObject], list[VirtualObject]]:
+        """Objects without a counterpart on this member that are the same, and that may be."""
+        free = [
+            known
+            for known in self.by_name.get(identity.name, [])
+            if identity.token and not self._is_current(index, known.at.get(index))
+        ]
+        verdicts = [(known, compare(known.identity, identity)) for known in free]
+        return (
+            [known for known, match in verdicts if match is Match.SAME],
+            [known for known, match in verdicts if match is Match.UNPROVEN],
+        )
+
+    def adopt(self, index: int, session: int, handle: int, owner: int) -> VirtualObject:
+        """A new object that a call made on one member."""
+        member, epoch = self.members[index], self.members[index].epoch
+        identity = attributes.who(member, session, handle)
+        with self.lock:
+            new = self._new(identity, 0 if identity.token else owner)
+            new.absent = ((1 << len(self.members)) - 1) & ~(1 << index)
+            self._bind(new, index, epoch, handle, proven=True)
+        return new
+
+    def also_at(self, known: VirtualObject, index: int, handle: int) -> None:
+        """The same object, made on one more member by the same call."""
+        with self.lock:
+            self._bind(known, index, self.members[index].epoch, handle, proven=True)
+
+    def renew(self, known: VirtualObject, index: int, session: int) -> None:
+        """Reads the identity again after its attributes were changed."""
+        identity = attributes.who(self.members[index], session, known.at[index].handle)
+        with self.lock:
+            namesakes = self.by_name.get(known.identity.name, [])
+            if known in namesakes:
+                namesakes.remove(known)
+            known.identity = identity
+            self.by_name.setdefault(identity.name, []).append(known)
+
+    def pinned(self, known: VirtualObject) -> None:
+        """Says that an object is served by one member only, if there are others."""
+        if len(self.members) > 1 and known.identity.token:
+            self._event("object.pinned", next(iter(known.at)), known.identity)
+
+    def _event(self, name: str, index: int, identity: Identity) -> None:
+        details = {
+            "class": ck.CLASS_NAMES.get(identity.name.object_class or 0, "?"),
+            "label": identity.name.label.decode("utf-8", "replace"),
+            "id": identity.name.id.hex(),
+        }
+        self.log(Event(name, self.label, self.members[index].name, details))
+
+    # ---- finding on a member ----
+
+    def handle_at(self, known: VirtualObject, index: int) -> int:
+        """The object's handle on a member, looked for and proven if need be; 0: it is not there.  Raises CkError."""
+        with self.lock:
+            binding = known.at.get(index)
+            if self._is_current(index, binding) and all(b.proven for b in known.at.values()):
+                self._publish(known)
+                assert binding
+                return binding.handle
+        with self.proving:
+            self._search(known, index)
+            for other in [i for i, b in list(known.at.items()) if not b.proven]:
+                if self._is_current(other, known.at.get(other)):
+                    self._settle(known, other)
+                else:
+                    with self.lock:
+                        self._unbind(known, other)
+        with self.lock:
+            binding = known.at.get(index)
+            if not self._is_current(index, binding):
+                known.absent |= 1 << index
+            self._publish(known)
+            return binding.handle if binding and self._is_current(index, binding) else 0
+
+    def _search(self, known: VirtualObject, index: int) -> None:
+        """Looks for the object on a member by its name, unless it is bound there."""
+        if self._is_current(index, known.at.get(index)) or not known.identity.token:
+            return
+        member, name = self.members[index], known.identity.name
+        if name.object_class is None:
+            return
+        template = [(ck.CKA_CLASS, name.object_class.to_bytes(8, "little")), (ck.CKA_TOKEN, b"\1")]
+        if name.id:
+            template.append((ck.CKA_ID, name.id))
+        if name.label:
+            template.append((ck.CKA_LABEL, name.label))
+        with member.service:
+            epoch = member.epoch
+            found = attributes.find(member, member.session, template)
+            identities = [(handle, attributes.who(member, member.session, handle)) for handle in found]
+        with self.lock:
+            free = [(h, i) for h, i in identities if (epoch, h) not in self.by_member[index]]
+            same = [h for h, i in free if compare(known.identity, i) is Match.SAME]
+            unproven = [h for h, i in free if compare(known.identity, i) is Match.UNPROVEN]
+            if same or len(unproven) == 1:
+                self._unbind(known, index)
+                self._bind(known, index, epoch, (same or unproven)[0], proven=bool(same))
+            elif unproven:
+                self._event("object.ambiguous", index, known.identity)
+
+    # ---- proof ----
+
+    def _settle(self, known: VirtualObject, index: int) -> None:
+        """Turns a claim into a proven binding, or takes it back."""
+        binding = known.at[index]
+        if self._prove(known, index, binding.handle):
+            with self.lock:
+                binding.proven = True
+            return
+        with self.lock:
+            self._unbind(known, index)
+            known.absent |= 1 << index
+        self._event("object.pinned", next(iter(known.at), index), known.identity)
+
+    def _prove(self, known: VirtualObject, index: int, handle: int) -> bool:
+        if known.proof is not None and known.evidence is not None:
+            return self._run(known.proof, index, handle) == known.evidence
+        reference = next(
+            (i for i, b in known.at.items() if b.proven and i != index and self._is_current(i, b)), None
+        )
+        if reference is None:
+            return False  # the member that showed it is away: nobody can say
+        own = known.at[reference].handle
+        proof = self._plan(known, reference, own, index, handle)
+        if proof is None:
+            return self._vouched(known, reference, own, index, handle)
+        shown = self._run(proof, reference, own)
+        if shown is None or shown != self._run(proof, index, handle):
+            return False
+        known.proof, known.evidence = proof, shown
+        return True
+
+    def _usage(self, index: int, handle: int) -> dict[int, bytes]:
+        member = self.members[index]
+        with member.service:
+            return attributes.read(member, member.session, handle, USAGE_ATTRIBUTES)
+
+    def _plan(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> Proof | None:
+        identity = known.identity
+        return plan_proof(
+            identity.name.object_class,
+            identity.name.type,
+            ec_params=identity.ec_params,
+            value_len=identity.value_len,
+            mechanisms=frozenset(self.members[one].mechanisms) & frozenset(self.members[other].mechanisms),
+            usage=shared_usage(self._usage(one, own), self._usage(other, handle)),
+        )
+
+    def _run(self, proof: Proof, index: int, handle: int) -> bytes | None:
+        """What the key on one member shows; None if it cannot."""
+        member = self.members[index]
+        encrypt = proof.operation is Operation.ENCRYPT
+        init, act = ("C_EncryptInit", "C_Encrypt") if encrypt else ("C_SignInit", "C_Sign")
+        outputs = []
+        with member.service:
+            for data in proof.inputs:
+                mechanism = native.ffi.new("CK_MECHANISM *")
+                mechanism.mechanism = proof.mechanism
+                parameter = native.ffi.new("CK_BYTE[]", proof.parameter or b"\0")
+                if proof.parameter:
+                    mechanism.pParameter, mechanism.ulParameterLen = parameter, len(proof.parameter)
+                if member.call(init, member.session, mechanism, handle) != ck.CKR_OK:
+                    return None
+                output = native.ffi.new("CK_BYTE[]", 4096)
+                size = native.ffi.new("CK_ULONG *", 4096)
+                if member.call(act, member.session, data, len(data), output, size) != ck.CKR_OK:
+                    return None
+                outputs.append(bytes(native.ffi.buffer(output, size[0])))
+        return evidence(proof, outputs)
+
+    def _vouched(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> bool:
+        """For keys that can prove nothing by an operation: both members show one public key for this CKA_ID."""
+        if known.identity.kind is not Kind.PRIVATE_KEY:
+            return False
+        return vouched(self._with_namesakes(one, own), self._with_namesakes(other, handle))
+
+    def _with_namesakes(self, index: int, handle: int) -> Identity:
+        member = self.members[index]
+        with member.service:
+            key = attributes.who(member, member.session, handle)
+            namesakes = attributes.find(member, member.session, [(ck.CKA_ID, key.name.id)])
+            others = [attributes.who(member, member.session, h) for h in namesakes if h != handle]
+        return complete([key, *others])[0]
+
+    # ---- a member returns ----
+
+    def destroyed_while_away(self, known: VirtualObject, absent: int) -> None:
+        """Remembers, for the life of the process, that members which are away must not bring it back."""
+        with self.lock:
+            for index in range(len(self.members)):
+                if absent >> index & 1 and known.identity.token:
+                    self.tombstones[index].append(known)
+
+    def reconcile(self, index: int) -> None:
+        """Matches all that a returned member has with what the application knows.  Raises CkError."""
+        with self.lock:
+            for known in self.objects.values():
+                self._unbind(known, index)
+                known.absent &= ~(1 << index)
+            self.by_member[index].clear()
+            nothing_known = not self.objects and not self.tombstones[index]
+        if nothing_known:
+            return
+        member = self.members[index]
+        with member.service:
+            found = attributes.find(member, member.session, [(ck.CKA_TOKEN, b"\1")])
+            self._bury(index, found)
+            self.recognise(index, member.session, found)
+        with self.lock:
+            for known in self.objects.values():
+                if index not in known.at:
+                    known.absent |= 1 << index
+                self._publish(known)
+
+    def _bury(self, index: int, found: Sequence[int]) -> None:
+        """Destroys on a returned member what was destroyed while it was away, where that is proven."""
+        member = self.members[index]
+        for handle in found if self.tombstones[index] else ():
+            identity = attributes.who(member, member.session, handle)
+            for known in list(self.tombstones[index]):
+                match = compare(known.identity, identity)
+                if match is Match.UNPROVEN and known.proof and known.evidence:
+                    match = Match.SAME if self._run(known.proof, index, handle) == known.evidence else match
+                if match is Match.SAME:
+                    native.check(member.call("C_DestroyObject", member.session, handle), "destroying what is gone")
+                    with self.lock:
+                        self.tombstones[index].remove(known)
+                    break
+                if match is Match.UNPROVEN:
+                    self._event("object.ambiguous", index, identity)  # hidden, and left to the operator

@@ -1,0 +1,88 @@
+"""A virtual slot: a group, or a member's own slot, as the application sees it whatever member answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.policy import Standing, serving
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.objects import ObjectMap
+
+_BALANCE = {"least-busy": 0, "round-robin": 1, "primary-first": 2}
+NOBODY = ck.CK_UNAVAILABLE_INFORMATION
+
+
+@dataclass(frozen=True)
+class Face:
+    """How a slot presents itself: constant, whatever its members do."""
+
+    description: str
+    label: str
+    serial: str
+    manufacturer: str
+    model: str
+
+
+class VirtualSlot:
+    """`serving_mask` and `present` are written by `publish` alone, the login by `Login` alone."""
+
+    def __init__(
+        self, slot_id: int, face: Face, members: Sequence[Member], standbys: int, balance: str, log: Callable[[Event], None]
+    ) -> None:
+        self.id = slot_id
+        self.face = face
+        self.members = tuple(members)
+        self.standbys = standbys  # the last so many of `members`
+        self.native: Any = native.lib.ha_slot_new(slot_id, _BALANCE[balance])
+        for member in members:
+            native.lib.ha_slot_add(self.native, member.native)
+        self.log = log
+        self.objects = ObjectMap(self.native, face.label, members, log)
+        self.serving_mask = 0
+        self.present = False
+        self.is_group = True
+        self.login_lock = threading.RLock()  # held over a fan-out of C_Login and its kin
+        self.user: int = NOBODY
+        self.secret: Any = None  # ha_secret of the application's PIN, while it is logged in
+        self.last_flags = ck.CKF_TOKEN_INITIALIZED | ck.CKF_LOGIN_REQUIRED | ck.CKF_USER_PIN_INITIALIZED | ck.CKF_RNG
+
+    def index(self, member: Member) -> int:
+        return self.members.index(member)
+
+    def _is_standby(self, index: int) -> bool:
+        return index >= len(self.members) - self.standbys
+
+    def up(self) -> list[Member]:
+        """Members that are there, active ones first."""
+        return [member for member in self.members if member.state is MemberState.UP]
+
+    def serving(self) -> list[Member]:
+        return [member for i, member in enumerate(self.members) if self.serving_mask >> i & 1]
+
+    def publish(self, check_at_ns: int) -> None:
+        """Tells the data plane who serves and when the next recovery check is due; logs what that changes."""
+        mask = serving(
+            [Standing(m.state is MemberState.UP, self._is_standby(i)) for i, m in enumerate(self.members)]
+        )
+        before, self.serving_mask = self.serving_mask, mask
+        self.present = mask != 0
+        native.lib.ha_slot_serving(self.native, mask)
+        native.lib.ha_slot_check_at(self.native, check_at_ns)
+        for index, member in enumerate(self.members):
+            if self._is_standby(index) and (mask ^ before) >> index & 1:
+                promoted = mask >> index & 1
+                self.log(Event("standby.promoted" if promoted else "standby.released", self.face.label, member.name))
+        if before and not mask:
+            self.log(Event("group.vanished", self.face.label))
+        if mask and not before:
+            self.log(Event("group.returned", self.face.label))
+
+    def publish_login(self) -> None:
+        write_protected = any(member.write_protected for member in self.serving())
+        native.lib.ha_slot_login(self.native, self.user, write_protected)
