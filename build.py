@@ -112,7 +112,7 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
 def compile_all(out: Path, sanitize: str) -> list[Path]:
     """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge)."""
     include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{out}", f"-I{sysconfig.get_path('include')}"]
-    optimise = ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2"]
+    optimise = ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
     ours = sorted(CSRC.glob("*.c")) + [out / "entry.gen.c", out / "parameters.gen.c"]
     headers = [*CSRC.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in headers)
@@ -137,7 +137,7 @@ def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> No
     hardening = "-Wl,-z,relro,-z,now,-z,nodelete,-z,noexecstack,--no-undefined".split()
     run(
         [
-            "cc", "-shared", "-pthread", *([f"-fsanitize={sanitize}"] if sanitize else []),
+            "cc", "-shared", "-pthread", *([f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-flto=auto"]),
             *map(str, objects), "-o", str(library), f"-Wl,--version-script={out / 'exports.map'}",
             "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}",
             *(["-Wl,-z,nodelete"] if sanitize else hardening), *search, str(directory / name), "-ldl",

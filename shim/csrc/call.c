@@ -15,11 +15,8 @@ CK_RV ha_unseal(uint64_t answer)
     return (answer & 0xFFFFFFFF00000000ULL) == HA_SEAL ? (CK_RV)(answer & 0xFFFFFFFFULL) : CKR_GENERAL_ERROR;
 }
 
-/* The recovery check of every call: one load while all members are up, else a look at the clock. */
-void ha_gate(ha_slot *slot)
+void ha_check_when_due(ha_slot *slot, uint64_t check_at)
 {
-    uint64_t check_at = atomic_load_explicit(&slot->check_at, memory_order_relaxed);
-    if (check_at == UINT64_MAX) return;
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     if ((uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec > check_at) ha_core.check(slot);
@@ -37,18 +34,25 @@ static bool finish(ha_call *call, CK_RV rv)
     return false;
 }
 
+static __attribute__((noinline)) bool refuse(ha_call *call, CK_RV rv)
+{
+    if (call->session) ha_session_unlock(call->session);
+    call->session = NULL;
+    return finish(call, rv);
+}
+
 /* Locks the session and settles what needs no member. False: call->rv is the answer and no session is held. */
 bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
 {
     const struct ha_row *row = &ha_rows[call->row];
     ha_session *session = ha_session_lock(handle);
-    call->member = -1;
-    if (!session) return finish(call, CKR_SESSION_HANDLE_INVALID);
+    if (!session) return refuse(call, CKR_SESSION_HANDLE_INVALID);
     call->session = session;
     call->slot = session->slot;
     ha_gate(session->slot);
 
     CK_RV rv = CKR_OK;
+    call->member_mechanism = call->mechanism;
     if (row->phase == HA_PHASE_INIT)
         rv = !call->mechanism ? CKR_ARGUMENTS_BAD : session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
     else if ((session->active & row->ops) != row->ops)
@@ -56,12 +60,8 @@ bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
     for (unsigned i = 0; rv == CKR_OK && i < call->objects; i++)
         if (!ha_object_valid(call->object[i], session->slot) && !(row->optional_objects && !call->object[i]))
             rv = row->bad_object[i];
-    if (rv == CKR_OK) rv = ha_mechanism_objects(call);
-    if (rv == CKR_OK) return true;
-    finish(call, rv);
-    call->session = NULL;
-    ha_session_unlock(session);
-    return false;
+    if (rv == CKR_OK && call->mechanism && call->mechanism->pParameter) rv = ha_mechanism_objects(call);
+    return rv == CKR_OK ? true : refuse(call, rv);
 }
 
 static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
@@ -83,8 +83,8 @@ static bool bound_to_lost_member(const ha_call *call)
 int ha_session_may_move(ha_session *session)
 {
     if (session->active & ~session->fresh) return 0;
-    for (unsigned k = 0; k < HA_OPS; k++)
-        if (session->active >> k & 1 && !session->operation[k].kept) return 0;
+    for (uint32_t left = session->active; left; left &= left - 1)
+        if (!session->operation[__builtin_ctz(left)].kept) return 0;
     return 1;
 }
 
@@ -106,17 +106,51 @@ static uint32_t without_absent(const ha_call *call, uint32_t candidates)
     return candidates;
 }
 
+static uint32_t without_operation_keys(const ha_session *session, uint32_t candidates)
+{
+    for (uint32_t left = session->active; left; left &= left - 1) {
+        CK_OBJECT_HANDLE key = session->operation[__builtin_ctz(left)].key;
+        if (key) candidates &= ~ha_object_absent_mask(key);
+    }
+    return candidates;
+}
+
 static void repeat_operations(ha_call *call);
 
-/* Readies the next member for the call. False: call->rv is the answer. */
-bool ha_call_route(ha_call *call)
+/* The usual way: a first choice, every handle known, the session open there. False: nothing was done. */
+static inline bool route_at_once(ha_call *call)
+{
+    const ha_session *session = call->session;
+    const ha_slot *slot = call->slot;
+    if (call->tried || call->translate) return false;
+    if (session->active) {
+        call->member = session->member;
+    } else {
+        uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
+        if (call->objects) may = without_absent(call, may);
+        if (!may) return false;
+        call->member = ha_slot_choose(call->slot, may, ha_rows[call->row].primary);
+    }
+    ha_member *target = slot->member[call->member];
+    call->epoch = atomic_load_explicit(&target->epoch, memory_order_acquire);
+    if (session->at[call->member].epoch != call->epoch || (call->objects && !resolve_objects(call))) return false;
+    call->target = target;
+    call->member_session = session->at[call->member].handle;
+    call->function = target->functions[call->row];
+    call->sent = 1;
+    return call->function && ha_enter(target, call->epoch, call);
+}
+
+/* Everything else: a member lost under an operation, an object not met there, no session yet, nobody left. */
+static __attribute__((noinline)) bool route_with_care(ha_call *call)
 {
     ha_session *session = call->session;
     ha_slot *slot = call->slot;
+    call->sent = 0;
     while (!call->finished) {
         bool move = bound_to_lost_member(call);
         if (move && !ha_session_may_move(session)) {
-            ha_session_forget_operations(session);
+            ha_session_end_operations(session, session->active);
             ha_core.operation_lost(call);
             return finish(call, CKR_DEVICE_ERROR);
         }
@@ -125,9 +159,7 @@ bool ha_call_route(ha_call *call)
         } else {
             uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;
             if (call->objects) may = without_absent(call, may);
-            for (unsigned k = 0; move && k < HA_OPS; k++)
-                if (session->active >> k & 1 && session->operation[k].key)
-                    may &= ~ha_object_absent_mask(session->operation[k].key);
+            if (move) may = without_operation_keys(session, may);
             call->member = may ? ha_slot_choose(slot, may, ha_rows[call->row].primary) : -1;
             if (call->member < 0) {
                 if (ask_core(call, ha_core.no_member)) continue;
@@ -140,7 +172,7 @@ bool ha_call_route(ha_call *call)
             if (ask_core(call, ha_core.locate)) continue;
             return false;
         }
-        if (call->mechanism) {
+        if (call->translate) {
             CK_RV rv = ha_mechanism_translate(call);
             if (rv != CKR_OK) return finish(call, rv);
         }
@@ -163,8 +195,7 @@ bool ha_call_route(ha_call *call)
             if (ask_core(call, ha_core.decide)) continue;
             return false;
         }
-        if (ha_member_enter(call->target, call->epoch, call)) {
-            atomic_fetch_add_explicit(&call->target->calls, 1, memory_order_relaxed);
+        if (ha_enter(call->target, call->epoch, call)) {
             call->sent = 1;
             return true;
         }
@@ -172,9 +203,15 @@ bool ha_call_route(ha_call *call)
     return false;
 }
 
+/* Readies the next member for the call. False: call->rv is the answer. */
+bool ha_call_route(ha_call *call)
+{
+    return route_at_once(call) || route_with_care(call);
+}
+
 int ha_call_next(ha_call *call)
 {
-    return ha_call_route(call);
+    return !call->finished && ha_call_route(call);
 }
 
 void ha_call_answer(ha_call *call, CK_RV rv)
@@ -182,24 +219,16 @@ void ha_call_answer(ha_call *call, CK_RV rv)
     ha_call_done(call, rv);
 }
 
-static bool clean(const ha_call *call, CK_RV rv)
+/* Judges an answer that is not simply CKR_OK. */
+void ha_call_judge(ha_call *call)
 {
-    if (rv == CKR_OK) return true;
-    return rv < HA_CODES && atomic_load_explicit(&call->target->clean, memory_order_relaxed)[rv];
-}
-
-/* Judges the answer of the member just called. */
-void ha_call_done(ha_call *call, CK_RV rv)
-{
-    ha_member_leave(call->target, call);
-    call->rv = rv;
-    call->session->last_member = call->member;
-    if (clean(call, rv)) {
+    const uint8_t *clean = atomic_load_explicit(&call->target->clean, memory_order_relaxed);
+    if (call->rv == CKR_OK || (call->rv < HA_CODES && clean[call->rv])) {
         call->finished = 1;
         if (call->answered) ha_core.settled(call);
-        return;
+    } else {
+        ask_core(call, ha_core.decide);
     }
-    ask_core(call, ha_core.decide);
 }
 
 /* The Inits of all operations under way, again, on the member that `call` was given. */
@@ -216,7 +245,8 @@ static void repeat_operations(ha_call *call)
         init.mechanism = &operation->mechanism;
         CK_RV rv = CKR_OK;
         if (operation->key) init.object[init.objects++] = operation->key;
-        rv = ha_mechanism_objects(&init);
+        init.member_mechanism = init.mechanism;
+        if (init.mechanism->pParameter) rv = ha_mechanism_objects(&init);
         if (rv == CKR_OK && !resolve_objects(&init)) {
             call->rv = CKR_OK;
             init.tried = call->tried;
@@ -226,14 +256,14 @@ static void repeat_operations(ha_call *call)
             if (rv != HA_AGAIN) finish(call, rv);
             return; /* route looks again */
         }
-        if (rv == CKR_OK) rv = ha_mechanism_translate(&init);
+        if (rv == CKR_OK && init.translate) rv = ha_mechanism_translate(&init);
         if (rv == CKR_OK) {
-            if (!ha_member_enter(call->target, call->epoch, &init)) {
+            if (!ha_enter(call->target, call->epoch, &init)) {
                 free(init.mechanism_copy);
                 return;
             }
             rv = ha_replay(&init, k);
-            ha_member_leave(call->target, &init);
+            ha_leave(call->target, &init);
         }
         free(init.mechanism_copy);
         if (rv != CKR_OK) {
@@ -311,12 +341,7 @@ CK_RV ha_call_end(ha_call *call)
         case HA_PHASE_FINAL: ends = !(rv == CKR_OK && call->query) && rv != CKR_BUFFER_TOO_SMALL; break;
         default: break;
         }
-        if (ends) {
-            for (unsigned k = 0; k < HA_OPS; k++)
-                if (row->ops >> k & 1) ha_operation_forget(&session->operation[k]);
-            session->active &= ~row->ops;
-            session->fresh &= ~row->ops;
-        }
+        if (ends) ha_session_end_operations(session, row->ops);
     }
     if (call->mechanism_copy) free(call->mechanism_copy);
     ha_session_unlock(session);
@@ -326,17 +351,14 @@ CK_RV ha_call_end(ha_call *call)
 /* Cancelling needs C_SessionCancel on the member that runs the operation (PKCS#11 3.0, 5.6.9). */
 CK_RV native_C_SessionCancel(CK_SESSION_HANDLE hSession, CK_FLAGS flags)
 {
-    ha_call call = {.row = FN_C_SessionCancel};
+    ha_call call;
+    ha_call_init(&call, FN_C_SessionCancel);
     if (!ha_call_begin(&call, hSession)) return call.rv;
-    while (ha_call_route(&call))
+    while (!call.finished && ha_call_route(&call))
         ha_call_done(&call, ((CK_C_SessionCancel)call.function)(call.member_session, flags));
     if (call.rv == CKR_OK) {
         for (unsigned k = 0; k < HA_OPS; k++)
-            if (ha_cancel_flags[k] & flags) {
-                ha_operation_forget(&call.session->operation[k]);
-                call.session->active &= ~(1U << k);
-                call.session->fresh &= ~(1U << k);
-            }
+            if (ha_cancel_flags[k] & flags) ha_session_end_operations(call.session, 1U << k);
         if (flags & CKF_FIND_OBJECTS) call.session->finding = false;
     }
     return ha_call_end(&call);

@@ -13,32 +13,33 @@ typedef struct ha_secret ha_secret;   /* bytes in locked memory that no core dum
 
 /* One application call on its way through the members. `member` and `epoch` say where it stands. */
 typedef struct ha_call {
-    unsigned row;           /* index in the function table */
-    int member;             /* index in the slot's members, -1: none chosen */
-    unsigned epoch;         /* of that member when it was chosen */
-    unsigned tried;         /* members that this call shall not use again */
-    unsigned suspects;      /* members whose failure a success elsewhere would prove */
-    unsigned answered;      /* members that gave first_rv and so did not do the work */
-    unsigned repairs;       /* repairs made for this call (sessions, logins, handles), bit by class */
-    int sent;               /* the function itself has reached a member */
-    int finished;           /* rv is the answer */
-    int creates_token;      /* the templates ask for a token object */
-    int query;              /* the caller asks for a length only */
-    int alone;              /* meant for one member: the data plane asks the others itself */
-    CK_RV rv;               /* the member's answer, at last the application's */
-    CK_RV first_rv;         /* of the first member that failed */
     ha_session *session;
     ha_slot *slot;
-    ha_member *target;
+    ha_member *target;             /* the chosen member */
+    void *function;                /* of that member */
     CK_SESSION_HANDLE member_session;
-    unsigned objects;
-    CK_OBJECT_HANDLE object[4];        /* virtual; the arguments, then those inside the mechanism */
-    CK_OBJECT_HANDLE member_object[4]; /* the same on the chosen member */
     CK_MECHANISM *mechanism;
-    CK_MECHANISM *member_mechanism;    /* `mechanism`, or a copy of it with the member's handles */
+    CK_MECHANISM *member_mechanism; /* `mechanism`, or a copy of it with the member's handles */
     void *mechanism_copy;
-    void *function;                    /* of the chosen member */
-    int guarded;                       /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
+    CK_RV rv;                      /* the member's answer, at last the application's */
+    CK_RV first_rv;                /* of the first member that failed */
+    unsigned row;                  /* index in the function table */
+    int member;                    /* index in the slot's members, -1: none chosen */
+    unsigned epoch;                /* of that member when it was chosen */
+    unsigned tried;                /* members that this call shall not use again */
+    unsigned suspects;             /* members whose failure a success elsewhere would prove */
+    unsigned answered;             /* members that gave an answer which others may better */
+    unsigned repairs;              /* repairs made for this call (sessions, logins, handles), bit by class */
+    unsigned objects;              /* how many of `object` are used */
+    unsigned char sent;            /* the function itself has reached the member */
+    unsigned char finished;        /* rv is the answer */
+    unsigned char creates_token;   /* the templates ask for a token object */
+    unsigned char query;           /* the caller asks for a length only */
+    unsigned char translate;       /* the mechanism's parameter holds object handles */
+    unsigned char alone;           /* meant for one member: the data plane asks the others itself */
+    unsigned char guarded;         /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
+    CK_OBJECT_HANDLE object[4];    /* virtual; the arguments, then those inside the mechanism */
+    CK_OBJECT_HANDLE member_object[4]; /* the same on the chosen member */
 } ha_call;
 
 /* ---- members ---- */

@@ -24,7 +24,7 @@
 
 #define HA_EXPORT __attribute__((visibility("default")))
 
-enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512 };
+enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512, HA_LOAD_BITS = 20 };
 
 /* The core's answers carry a seal in their upper half, so that the 0 which cffi returns when Python could not
  * run can never be read as CKR_OK. */
@@ -33,12 +33,12 @@ enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512 };
 CK_RV ha_unseal(uint64_t answer);
 
 struct ha_member {
-    _Alignas(HA_CACHE_LINE) _Atomic int in_flight; /* calls inside the vendor library now */
-    _Atomic uint64_t calls;                        /* calls ever, for the status */
+    _Alignas(HA_CACHE_LINE) _Atomic uint64_t load;  /* calls ever << HA_LOAD_BITS | calls inside the library now */
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t epoch; /* changes at every loss and every return */
-    const uint8_t *_Atomic clean;
+    bool special;                                   /* one of the two that follow */
     bool guard_sigpipe;
     bool one_call_at_a_time;
+    const uint8_t *_Atomic clean;
     CK_SLOT_ID slot_id;
     void *functions[HA_FUNCTIONS];
     char name[64], serial[20];
@@ -109,11 +109,105 @@ struct ha_session {
     CK_SESSION_HANDLE next_handle;
 };
 
+/* ---- the few steps of every call, inline ---- */
+
+enum { HA_SESSION_BITS = 20, HA_SESSION_CHUNK = 64 };
+#define HA_LOCKED 1ULL
+#define HA_WORD(handle) ((uint64_t)(handle) << 2)
+
+extern ha_session *_Atomic ha_session_chunks[(1 << HA_SESSION_BITS) / HA_SESSION_CHUNK];
+extern _Atomic bool ha_forking;
+ha_session *ha_session_lock_slowly(ha_session *session, CK_SESSION_HANDLE handle);
+void ha_session_unlock_slowly(ha_session *session);
+bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call);
+void ha_member_leave_specially(ha_member *member, ha_call *call);
+void ha_wait_for_fork(void);
+int ha_slot_balance(ha_slot *slot, uint32_t candidates);
+void ha_call_judge(ha_call *call);
+void ha_check_when_due(ha_slot *slot, uint64_t check_at);
+
+/* The recovery check of every call: one load while all members are up, else a look at the clock. */
+static inline void ha_gate(ha_slot *slot)
+{
+    uint64_t check_at = atomic_load_explicit(&slot->check_at, memory_order_relaxed);
+    if (__builtin_expect(check_at != UINT64_MAX, 0)) ha_check_when_due(slot, check_at);
+}
+
+/* One thread at a time in a session; NULL: CKR_SESSION_HANDLE_INVALID. */
+static inline ha_session *ha_session_lock(CK_SESSION_HANDLE handle)
+{
+    uint32_t index = (uint32_t)(handle & ((1UL << HA_SESSION_BITS) - 1));
+    ha_session *chunk = atomic_load_explicit(&ha_session_chunks[index / HA_SESSION_CHUNK], memory_order_acquire);
+    if (__builtin_expect(!chunk || handle >> HA_SESSION_BITS == 0 || handle >> 61, 0)) return NULL;
+    ha_session *session = &chunk[index % HA_SESSION_CHUNK];
+    uint64_t word = HA_WORD(handle);
+    if (atomic_compare_exchange_strong_explicit(&session->word, &word, HA_WORD(handle) | HA_LOCKED,
+                                                memory_order_acquire, memory_order_relaxed))
+        return session;
+    return ha_session_lock_slowly(session, handle);
+}
+
+static inline void ha_session_unlock(ha_session *session)
+{
+    uint64_t held = atomic_load_explicit(&session->word, memory_order_relaxed) & ~3ULL;
+    uint64_t word = held | HA_LOCKED;
+    if (!atomic_compare_exchange_strong_explicit(&session->word, &word, held, memory_order_release,
+                                                 memory_order_relaxed))
+        ha_session_unlock_slowly(session); /* somebody waits */
+}
+
+/*
+ * Counted first, then checked: whoever changes the epoch and then waits until nobody is inside knows that no
+ * call with handles of the old epoch can still start (both sides sequentially consistent).
+ */
+static inline bool ha_enter(ha_member *member, uint32_t epoch, ha_call *call)
+{
+    if (__builtin_expect(atomic_load_explicit(&ha_forking, memory_order_relaxed), 0)) ha_wait_for_fork();
+    atomic_fetch_add(&member->load, (1UL << HA_LOAD_BITS) | 1);
+    if (__builtin_expect(atomic_load(&member->epoch) != epoch, 0)) {
+        atomic_fetch_sub(&member->load, 1);
+        return false;
+    }
+    return !member->special || ha_member_enter_specially(member, epoch, call);
+}
+
+static inline void ha_leave(ha_member *member, ha_call *call)
+{
+    if (member->special) ha_member_leave_specially(member, call);
+    atomic_fetch_sub(&member->load, 1);
+}
+
+static inline int ha_in_flight(ha_member *member)
+{
+    return (int)(atomic_load_explicit(&member->load, memory_order_relaxed) & ((1UL << HA_LOAD_BITS) - 1));
+}
+
+/*
+ * The next member among `candidates` (never 0).  The core decides who may serve; which of them is least busy
+ * only the data plane can know at this moment.  Ties go round, starting behind the last one chosen.
+ */
+static inline int ha_slot_choose(ha_slot *slot, uint32_t candidates, bool primary)
+{
+    if (primary || !(candidates & (candidates - 1))) return __builtin_ctz(candidates);
+    return ha_slot_balance(slot, candidates);
+}
+
+/* What is read before it is written; the rest of the structure need not be touched at every call. */
+static inline void ha_call_init(ha_call *call, unsigned row)
+{
+    call->session = NULL;
+    call->mechanism = NULL;
+    call->mechanism_copy = NULL;
+    call->rv = call->first_rv = CKR_OK;
+    call->row = row;
+    call->member = -1;
+    call->tried = call->suspects = call->answered = call->repairs = call->objects = 0;
+    call->sent = call->finished = call->creates_token = call->query = 0;
+    call->translate = call->alone = call->guarded = 0;
+}
+
 /* ---- session.c ---- */
-ha_session *ha_session_lock(CK_SESSION_HANDLE handle);
-void ha_session_unlock(ha_session *session);
 CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch);
-void ha_session_forget_operations(ha_session *session);
 void ha_sessions_close_all(ha_slot *slot);
 void ha_sessions_after_fork(void);
 
@@ -124,7 +218,6 @@ void ha_members_after_fork(void);
 /* ---- slot.c ---- */
 ha_slot *ha_slot_by_id(CK_SLOT_ID id);
 void ha_slots_reset(void);
-int ha_slot_choose(ha_slot *slot, uint32_t candidates, bool primary);
 
 /* ---- object.c ---- */
 bool ha_object_valid(CK_OBJECT_HANDLE object, ha_slot *slot);
@@ -148,20 +241,30 @@ struct ha_parameter { /* layout of one mechanism parameter structure, generated;
 };
 const struct ha_parameter *ha_parameter_of(CK_MECHANISM_TYPE type); /* generated; NULL: not in the table */
 void ha_mechanism_keep(struct ha_operation *operation, const CK_MECHANISM *mechanism, CK_OBJECT_HANDLE key);
-void ha_operation_forget(struct ha_operation *operation);
+void ha_operation_wipe(struct ha_operation *operation);
+static inline void ha_operation_forget(struct ha_operation *operation)
+{
+    if (operation->parameter) ha_operation_wipe(operation);
+    operation->kept = false;
+}
 CK_RV ha_mechanism_objects(ha_call *call);
 CK_RV ha_mechanism_translate(ha_call *call);
 CK_RV ha_mechanism_adopt(ha_call *call);
 bool ha_derivation_data(const CK_MECHANISM *mechanism, CK_PRF_DATA_PARAM **data, CK_ULONG *count); /* generated */
 
+static inline void ha_session_end_operations(ha_session *session, uint32_t ops)
+{
+    for (uint32_t left = ops; left; left &= left - 1) ha_operation_forget(&session->operation[__builtin_ctz(left)]);
+    session->active &= ~ops;
+    session->fresh &= ~ops;
+}
+
 /* ---- call.c ---- */
 bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE session);
 bool ha_call_route(ha_call *call);
-void ha_call_done(ha_call *call, CK_RV rv);
 CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDLE *object);
 CK_RV ha_call_end(ha_call *call);
 void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count);
-void ha_gate(ha_slot *slot);
 CK_RV ha_replay(ha_call *call, unsigned op); /* generated: the Init of one operation on call's member */
 
 typedef struct { /* what C_GetAttributeValue's lengths were, for a second member */
@@ -184,6 +287,18 @@ void ha_wait_end(void);
 bool ha_running(void);
 CK_RV ha_enter_core(void);
 void ha_leave_core(void);
+
+/* Takes the answer of the member just called. */
+static inline void ha_call_done(ha_call *call, CK_RV rv)
+{
+    ha_leave(call->target, call);
+    call->rv = rv;
+    call->session->last_member = call->member;
+    if (__builtin_expect(rv == CKR_OK && !call->answered, 1))
+        call->finished = 1;
+    else
+        ha_call_judge(call);
+}
 
 /* ---- native entry points, called by the generated ones after the checks that all share ---- */
 #define HA_NATIVE(name, args) CK_RV native_##name args;

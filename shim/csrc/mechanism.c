@@ -15,14 +15,11 @@ static void wipe(void *bytes, size_t size)
     __asm__ volatile("" : : "r"(bytes) : "memory"); /* the stores may not be optimised away */
 }
 
-void ha_operation_forget(struct ha_operation *operation)
+void ha_operation_wipe(struct ha_operation *operation)
 {
-    if (operation->parameter) {
-        wipe(operation->parameter, operation->parameter_size);
-        free(operation->parameter);
-        operation->parameter = NULL;
-    }
-    operation->kept = false;
+    wipe(operation->parameter, operation->parameter_size);
+    free(operation->parameter);
+    operation->parameter = NULL;
 }
 
 static size_t get_size(const char *structure, size_t offset)
@@ -77,12 +74,10 @@ void ha_mechanism_keep(struct ha_operation *operation, const CK_MECHANISM *mecha
     operation->kept = true;
 }
 
-/* Adds the virtual handles inside the mechanism to the call's objects. */
+/* Adds the virtual handles inside the mechanism's parameter to the call's objects. */
 CK_RV ha_mechanism_objects(ha_call *call)
 {
-    call->member_mechanism = call->mechanism;
     const CK_MECHANISM *mechanism = call->mechanism;
-    if (!mechanism || !mechanism->pParameter) return CKR_OK;
     CK_PRF_DATA_PARAM *data = NULL;
     CK_ULONG count;
     if (!ha_derivation_data(mechanism, &data, &count) || (count && !data)) return CKR_MECHANISM_PARAM_INVALID;
@@ -91,6 +86,7 @@ CK_RV ha_mechanism_objects(ha_call *call)
     const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
     if (!layout || !(layout->handles || layout->made)) return CKR_OK;
     if (mechanism->ulParameterLen != layout->size) return CKR_MECHANISM_PARAM_INVALID;
+    call->translate = layout->handles != 0;
     for (unsigned k = 0; k < layout->handles; k++) {
         CK_OBJECT_HANDLE object;
         memcpy(&object, (char *)mechanism->pParameter + layout->handle[k], sizeof object);
@@ -106,9 +102,7 @@ CK_RV ha_mechanism_objects(ha_call *call)
  * are written back. */
 CK_RV ha_mechanism_translate(ha_call *call)
 {
-    const struct ha_parameter *layout = NULL;
-    if (call->mechanism && call->mechanism->pParameter) layout = ha_parameter_of(call->mechanism->mechanism);
-    if (!layout || !layout->handles) return CKR_OK;
+    const struct ha_parameter *layout = ha_parameter_of(call->mechanism->mechanism);
     if (!call->mechanism_copy) call->mechanism_copy = malloc(sizeof(CK_MECHANISM) + layout->size);
     if (!call->mechanism_copy) return CKR_HOST_MEMORY;
     CK_MECHANISM *mechanism = call->mechanism_copy;

@@ -10,7 +10,7 @@ enum { MAX_MEMBERS = 1024, FORK_PATIENCE_MS = 250 };
 
 static ha_member *members[MAX_MEMBERS]; /* a fork waits for their calls */
 static pthread_mutex_t members_lock = PTHREAD_MUTEX_INITIALIZER;
-static _Atomic bool forking;
+_Atomic bool ha_forking;
 
 ha_member *ha_member_new(void)
 {
@@ -79,6 +79,7 @@ void ha_member_traits(ha_member *member, int guard_sigpipe, int one_call_at_a_ti
 {
     member->guard_sigpipe = guard_sigpipe != 0;
     member->one_call_at_a_time = one_call_at_a_time != 0;
+    member->special = member->guard_sigpipe || member->one_call_at_a_time;
 }
 
 void ha_member_clean(ha_member *member, unsigned char *clean)
@@ -99,12 +100,12 @@ unsigned ha_member_new_epoch(ha_member *member)
 
 int ha_member_in_flight(ha_member *member)
 {
-    return atomic_load(&member->in_flight);
+    return ha_in_flight(member);
 }
 
 unsigned long long ha_member_calls(ha_member *member)
 {
-    return atomic_load_explicit(&member->calls, memory_order_relaxed);
+    return atomic_load_explicit(&member->load, memory_order_relaxed) >> HA_LOAD_BITS;
 }
 
 /*
@@ -142,35 +143,39 @@ static void guard_leave(ha_call *call)
     call->guarded = 0;
 }
 
-/*
- * Counted first, then checked: whoever changes the epoch and then waits for in_flight to fall to 0 knows that
- * no call with handles of the old epoch can still start (both sides sequentially consistent).
- */
-int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call)
+void ha_wait_for_fork(void)
 {
-    while (atomic_load_explicit(&forking, memory_order_relaxed)) sched_yield();
-    atomic_fetch_add(&member->in_flight, 1);
-    if (atomic_load(&member->epoch) != epoch) {
-        atomic_fetch_sub(&member->in_flight, 1);
-        return 0;
-    }
+    while (atomic_load_explicit(&ha_forking, memory_order_acquire)) sched_yield();
+}
+
+bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
+{
     if (member->one_call_at_a_time) {
         pthread_mutex_lock(&member->one_call);
         if (atomic_load(&member->epoch) != epoch) { /* lost while this call waited its turn */
             pthread_mutex_unlock(&member->one_call);
-            atomic_fetch_sub(&member->in_flight, 1);
-            return 0;
+            atomic_fetch_sub(&member->load, 1);
+            return false;
         }
     }
     if (member->guard_sigpipe) guard_enter(call);
-    return 1;
+    return true;
+}
+
+void ha_member_leave_specially(ha_member *member, ha_call *call)
+{
+    if (member->guard_sigpipe) guard_leave(call);
+    if (member->one_call_at_a_time) pthread_mutex_unlock(&member->one_call);
+}
+
+int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call)
+{
+    return ha_enter(member, epoch, call);
 }
 
 void ha_member_leave(ha_member *member, ha_call *call)
 {
-    if (member->guard_sigpipe) guard_leave(call);
-    if (member->one_call_at_a_time) pthread_mutex_unlock(&member->one_call);
-    atomic_fetch_sub(&member->in_flight, 1);
+    ha_leave(member, call);
 }
 
 /*
@@ -181,11 +186,11 @@ void ha_members_before_fork(void)
 {
     const struct timespec a_moment = {0, 1000000};
     pthread_mutex_lock(&members_lock);
-    atomic_store(&forking, true);
+    atomic_store(&ha_forking, true);
     for (unsigned waited = 0; waited < FORK_PATIENCE_MS; waited++) {
         int in_flight = 0;
         for (unsigned m = 0; m < MAX_MEMBERS; m++)
-            if (members[m]) in_flight += atomic_load(&members[m]->in_flight);
+            if (members[m]) in_flight += ha_in_flight(members[m]);
         if (!in_flight) break;
         nanosleep(&a_moment, NULL);
     }
@@ -193,6 +198,6 @@ void ha_members_before_fork(void)
 
 void ha_members_after_fork(void)
 {
-    atomic_store(&forking, false);
+    atomic_store(&ha_forking, false);
     pthread_mutex_unlock(&members_lock);
 }

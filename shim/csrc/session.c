@@ -13,23 +13,21 @@
 
 #include "ha.h"
 
-enum { INDEX_BITS = 20, CHUNK = 64, MAX_CHUNKS = (1 << INDEX_BITS) / CHUNK, SPINS = 200 };
+enum { SPINS = 200 };
 
-#define LOCKED 1ULL
 #define WAITERS 2ULL
-#define WORD(handle) ((uint64_t)(handle) << 2)
 #define HANDLE(word) ((CK_SESSION_HANDLE)((word) >> 2))
+#define GENERATION (1UL << HA_SESSION_BITS)
 
-static ha_session *_Atomic chunks[MAX_CHUNKS];
+ha_session *_Atomic ha_session_chunks[(1 << HA_SESSION_BITS) / HA_SESSION_CHUNK];
 static _Atomic uint32_t session_count; /* entries ever used; index 0 is not */
 static uint32_t free_list;
 static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static ha_session *entry(uint32_t index)
 {
-    if (index == 0 || index > atomic_load_explicit(&session_count, memory_order_acquire)) return NULL;
-    ha_session *chunk = atomic_load_explicit(&chunks[index / CHUNK], memory_order_acquire);
-    return chunk ? &chunk[index % CHUNK] : NULL;
+    ha_session *chunk = atomic_load_explicit(&ha_session_chunks[index / HA_SESSION_CHUNK], memory_order_acquire);
+    return chunk ? &chunk[index % HA_SESSION_CHUNK] : NULL;
 }
 
 /* The futex sleeps on the low half of the word, which holds the lock and waiter bits. */
@@ -42,17 +40,17 @@ static uint32_t *low_half(ha_session *session)
     return half;
 }
 
-/* Waits until the session is free and locks it. False: the handle is not (or no longer) this session's. */
-static bool lock_slowly(ha_session *session, CK_SESSION_HANDLE handle)
+/* Waits until the session is free and locks it. NULL: the handle is not (or no longer) this session's. */
+ha_session *ha_session_lock_slowly(ha_session *session, CK_SESSION_HANDLE handle)
 {
     for (unsigned spin = 0;; spin++) {
         uint64_t word = atomic_load_explicit(&session->word, memory_order_relaxed);
-        if (HANDLE(word) != handle) return false;
-        if (!(word & LOCKED)) {
-            /* Others may still wait, so the bit stays; at worst an unlock wakes nobody. */
-            if (atomic_compare_exchange_weak_explicit(&session->word, &word, word | LOCKED, memory_order_acquire,
+        if (HANDLE(word) != handle) return NULL;
+        if (!(word & HA_LOCKED)) {
+            /* Others may still wait, so their bit stays; at worst an unlock wakes nobody. */
+            if (atomic_compare_exchange_weak_explicit(&session->word, &word, word | HA_LOCKED, memory_order_acquire,
                                                       memory_order_relaxed))
-                return true;
+                return session;
             continue;
         }
         if (spin < SPINS) continue;
@@ -63,37 +61,20 @@ static bool lock_slowly(ha_session *session, CK_SESSION_HANDLE handle)
     }
 }
 
-/* One thread at a time in a session; NULL: CKR_SESSION_HANDLE_INVALID. */
-ha_session *ha_session_lock(CK_SESSION_HANDLE handle)
-{
-    ha_session *session = entry((uint32_t)(handle & ((1UL << INDEX_BITS) - 1)));
-    if (!session || handle >> INDEX_BITS == 0 || handle >> 61) return NULL;
-    uint64_t word = WORD(handle);
-    if (atomic_compare_exchange_strong_explicit(&session->word, &word, WORD(handle) | LOCKED, memory_order_acquire,
-                                                memory_order_relaxed))
-        return session;
-    return lock_slowly(session, handle) ? session : NULL;
-}
-
 static void set_word(ha_session *session, uint64_t word)
 {
     if (atomic_exchange_explicit(&session->word, word, memory_order_release) & WAITERS)
         syscall(SYS_futex, low_half(session), FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
-void ha_session_unlock(ha_session *session)
+void ha_session_unlock_slowly(ha_session *session)
 {
-    uint64_t held = atomic_load_explicit(&session->word, memory_order_relaxed);
-    if (!(held & WAITERS) &&
-        atomic_compare_exchange_strong_explicit(&session->word, &held, held & ~LOCKED, memory_order_release,
-                                                memory_order_relaxed))
-        return;
-    set_word(session, held & ~(LOCKED | WAITERS));
+    set_word(session, atomic_load_explicit(&session->word, memory_order_relaxed) & ~(HA_LOCKED | WAITERS));
 }
 
 ha_session *ha_session_find(CK_SESSION_HANDLE handle)
 {
-    ha_session *session = entry((uint32_t)(handle & ((1UL << INDEX_BITS) - 1)));
+    ha_session *session = entry((uint32_t)(handle & (GENERATION - 1)));
     return session && HANDLE(atomic_load(&session->word)) == handle ? session : NULL;
 }
 
@@ -153,9 +134,9 @@ CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
     CK_SESSION_HANDLE handle = 0;
     CK_C_OpenSession open = (CK_C_OpenSession)target->functions[FN_C_OpenSession];
     if (!open) return CKR_FUNCTION_NOT_SUPPORTED;
-    if (!ha_member_enter(target, epoch, &call)) return CKR_DEVICE_REMOVED;
+    if (!ha_enter(target, epoch, &call)) return CKR_DEVICE_REMOVED;
     CK_RV rv = open(target->slot_id, session->flags & (CKF_SERIAL_SESSION | CKF_RW_SESSION), NULL, NULL, &handle);
-    ha_member_leave(target, &call);
+    ha_leave(target, &call);
     if (rv != CKR_OK) return rv;
     session->at[member].handle = handle;
     session->at[member].epoch = epoch;
@@ -174,9 +155,9 @@ static void close_on_member(ha_slot *slot, int member, uint32_t epoch, CK_SESSIO
     ha_member *target = slot->member[member];
     ha_call call = {.row = FN_C_CloseSession};
     CK_C_CloseSession close = (CK_C_CloseSession)target->functions[FN_C_CloseSession];
-    if (!close || !ha_member_enter(target, epoch, &call)) return; /* the session died with its member */
+    if (!close || !ha_enter(target, epoch, &call)) return; /* the session died with its member */
     close(handle); /* its answer changes nothing: the handle is given up either way */
-    ha_member_leave(target, &call);
+    ha_leave(target, &call);
 }
 
 /* Closes the member session for good: it has an operation or an object that must not reach another user. */
@@ -222,14 +203,20 @@ void ha_slot_drain_pools(ha_slot *slot, int read_write)
     }
 }
 
-void ha_session_forget_operations(ha_session *session)
-{
-    session->active = session->fresh = 0;
-    session->member = -1;
-    for (unsigned k = 0; k < HA_OPS; k++) ha_operation_forget(&session->operation[k]);
-}
-
 /* ---- the application's calls ---- */
+
+/* Zeroed memory answers to no handle, so a chunk may be seen before it is used. */
+static ha_session *new_entry(uint32_t index)
+{
+    ha_session *_Atomic *chunk = &ha_session_chunks[index / HA_SESSION_CHUNK];
+    if (!atomic_load(chunk)) {
+        ha_session *fresh = aligned_alloc(HA_CACHE_LINE, HA_SESSION_CHUNK * sizeof *fresh);
+        if (!fresh) return NULL;
+        memset(fresh, 0, HA_SESSION_CHUNK * sizeof *fresh);
+        atomic_store_explicit(chunk, fresh, memory_order_release);
+    }
+    return entry(index);
+}
 
 CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pApplication, CK_NOTIFY Notify,
                            CK_SESSION_HANDLE_PTR phSession)
@@ -253,22 +240,18 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
     } else if (free_list) {
         session = entry(free_list);
         free_list = session->next_free;
-        atomic_store(&session->word, WORD(session->next_handle) | LOCKED);
+        atomic_store(&session->word, HA_WORD(session->next_handle) | HA_LOCKED);
     } else {
         uint32_t index = atomic_load(&session_count) + 1;
-        if (index / CHUNK >= MAX_CHUNKS) {
+        if (index >= GENERATION) {
             rv = CKR_SESSION_COUNT;
         } else {
-            if (!atomic_load(&chunks[index / CHUNK]))
-                atomic_store(&chunks[index / CHUNK], aligned_alloc(HA_CACHE_LINE, CHUNK * sizeof *session));
-            session = atomic_load(&chunks[index / CHUNK]);
+            session = new_entry(index);
             if (!session) {
                 rv = CKR_HOST_MEMORY;
             } else {
-                session += index % CHUNK;
-                memset(session, 0, sizeof *session);
                 session->index = index;
-                atomic_store_explicit(&session->word, WORD((1UL << INDEX_BITS) | index) | LOCKED, memory_order_relaxed);
+                atomic_store_explicit(&session->word, HA_WORD(GENERATION | index) | HA_LOCKED, memory_order_relaxed);
                 atomic_store_explicit(&session_count, index, memory_order_release);
             }
         }
@@ -295,7 +278,7 @@ static void retire(ha_session *session)
     if (session->owns) ha_core.session_closing(session);
     for (unsigned m = 0; m < slot->count; m++)
         if (session->at[m].epoch) give_back(session, (int)m);
-    ha_session_forget_operations(session);
+    ha_session_end_operations(session, (1U << HA_OPS) - 1);
     free(session->found);
     session->found = NULL;
     CK_SESSION_HANDLE handle = HANDLE(atomic_load(&session->word));
@@ -306,8 +289,8 @@ static void retire(ha_session *session)
     pthread_mutex_lock(&table_lock);
     session->next_free = free_list;
     free_list = session->index;
-    session->next_handle = handle + (1UL << INDEX_BITS);
-    set_word(session, LOCKED); /* a free entry answers to no handle */
+    session->next_handle = handle + GENERATION;
+    set_word(session, HA_LOCKED); /* a free entry answers to no handle */
     pthread_mutex_unlock(&table_lock);
 }
 
@@ -422,12 +405,12 @@ void ha_sessions_after_fork(void)
     for (uint32_t index = 1; index <= count; index++) {
         ha_session *session = entry(index);
         CK_SESSION_HANDLE handle = HANDLE(atomic_load(&session->word));
-        if (handle) session->next_handle = handle + (1UL << INDEX_BITS);
+        if (handle) session->next_handle = handle + GENERATION;
         memset(session->at, 0, sizeof session->at);
         memset(session->operation, 0, sizeof session->operation); /* left to the parent: its memory may be in use */
         session->found = NULL;
         session->next_free = free_list;
         free_list = index;
-        atomic_store(&session->word, LOCKED);
+        atomic_store(&session->word, HA_LOCKED);
     }
 }

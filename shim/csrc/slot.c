@@ -78,22 +78,18 @@ CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write)
     return read_write ? atomic_load(&slot->rw_sessions) : atomic_load(&slot->sessions);
 }
 
-/*
- * The next member among `candidates` (never 0).  The core decides who may serve; which of them is least busy
- * only the data plane can know at this moment.  Ties go round, starting behind the last one chosen.
- */
-int ha_slot_choose(ha_slot *slot, uint32_t candidates, bool primary)
+/* The next of several members: see ha_slot_choose. */
+int ha_slot_balance(ha_slot *slot, uint32_t candidates)
 {
-    int best = __builtin_ctz(candidates);
-    if (primary || slot->balance == HA_BALANCE_PRIMARY_FIRST || !(candidates & (candidates - 1))) return best;
+    int best = __builtin_ctz(candidates), least = -1;
+    if (slot->balance == HA_BALANCE_PRIMARY_FIRST) return best;
 
     unsigned start = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed) % slot->count;
-    int least = -1;
     for (unsigned k = 0; k < slot->count; k++) {
         unsigned m = start + k < slot->count ? start + k : start + k - slot->count;
         if (!(candidates >> m & 1)) continue;
         if (slot->balance == HA_BALANCE_ROUND_ROBIN) return (int)m;
-        int busy = atomic_load_explicit(&slot->member[m]->in_flight, memory_order_relaxed);
+        int busy = ha_in_flight(slot->member[m]);
         if (least < 0 || busy < least) {
             least = busy;
             best = (int)m;

@@ -153,7 +153,7 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     if row.effect is Effect.CREATE:
         after.append("if (call.rv == CKR_OK) call.rv = ha_mechanism_adopt(&call);")
     function = f"((CK_{row.name})call.function)({', '.join(forward)})"
-    lines = [f"    ha_call call = {{.row = FN_{row.name}}};"]
+    lines = ["    ha_call call;", f"    ha_call_init(&call, FN_{row.name});"]
     lines += [f"    {line}" for line in before]
     begin = f"ha_call_begin(&call, {session})"
     give_up = "return call.rv;"
@@ -161,11 +161,11 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
         give_up = "{\n        ha_lengths_free(&lengths);\n        return call.rv;\n    }"
     lines.append(f"    if (!{begin}) {give_up}")
     if each:
-        lines.append("    while (ha_call_route(&call)) {")
+        lines.append("    while (!call.finished && ha_call_route(&call)) {")
         lines += [f"        {line}" for line in each]
         lines += [f"        ha_call_done(&call, {function});", "    }"]
     else:
-        lines.append(f"    while (ha_call_route(&call)) ha_call_done(&call, {function});")
+        lines.append(f"    while (!call.finished && ha_call_route(&call)) ha_call_done(&call, {function});")
     lines += [f"    {line}" for line in after]
     lines.append("    return ha_call_end(&call);")
     return _checks(row, arguments) + "\n".join(lines) + "\n"
