@@ -7,7 +7,10 @@ objects are compiled only when what they are made of changed, so a second run do
 from __future__ import annotations
 
 import argparse
+import compileall
+import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -26,7 +29,14 @@ from pkcs11_ha import __version__  # noqa: E402
 from pkcs11_ha.spec import emit, signature  # noqa: E402
 
 MODULE = "_pkcs11_ha"  # the cffi module inside the library
-INIT_CODE = f"import {MODULE}, pkcs11_ha.entry\npkcs11_ha.entry.attach({MODULE}.ffi, {MODULE}.lib)\n"
+# Whatever the core raises here is one line: cffi would print a traceback into the host's stderr.
+INIT_CODE = f"""\
+import {MODULE}, pkcs11_ha.entry
+try:
+    pkcs11_ha.entry.attach({MODULE}.ffi, {MODULE}.lib)
+except BaseException as error:
+    {MODULE}.lib.ha_say(f"broken installation: {{type(error).__name__}}: {{error}}".encode("utf-8", "replace"))
+"""
 
 WARNINGS = (
     "-Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wvla -Werror".split()
@@ -67,7 +77,9 @@ def emit_all(out: Path, paths: Sequence[str]) -> None:
     emit.verify(prototypes)
     core_abi = (CSRC / "core_abi.h").read_text(encoding="utf-8")
     declarations = emit.cdef(text, core_abi, prototypes)
-    stamp = f"{__version__}+{hashlib.sha256((declarations + emit.entries(prototypes)).encode()).hexdigest()[:12]}"
+    stamp = (
+        f"{__version__}+{hashlib.sha256((declarations + emit.entries(prototypes)).encode()).hexdigest()[:12]}"
+    )
 
     write(out / "functions.gen.h", emit.functions_header(prototypes))
     write(out / "upcalls.gen.h", emit.upcalls_header(prototypes))
@@ -81,8 +93,18 @@ def emit_all(out: Path, paths: Sequence[str]) -> None:
         SHIM / "pkcs11_ha" / "ck.py",
         emit.constants_module(constants) + f'\nSTAMP = "{stamp}"\n\nUPCALLS = ({names})\n',
     )
-    write(ROOT / "docs" / "functions.md", emit.functions_page())
+    write_pages(ROOT / "docs")
     write_cffi_module(out, declarations, emit.native_source(prototypes))
+
+
+def write_pages(docs: Path) -> None:
+    """The generated pages; their tables need ck.py, which is written by now."""
+    from pkcs11_ha.spec import pages
+
+    write(docs / "functions.md", pages.functions())
+    write(docs / "configuration.md", pages.configuration())
+    write(docs / "log.md", pages.log())
+    write(docs / "return-codes.md", pages.return_codes())
 
 
 def build_header(stamp: str, paths: Sequence[str]) -> str:
@@ -104,7 +126,8 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
     ffi.set_source(MODULE, source)
     ffi.embedding_init_code(INIT_CODE)
     fresh = out / "module.gen.c.new"
-    ffi.emit_c_code(str(fresh))
+    with contextlib.redirect_stdout(io.StringIO()):  # it says what it generates, every time
+        ffi.emit_c_code(str(fresh))
     write(out / "module.gen.c", fresh.read_text(encoding="utf-8"))
     fresh.unlink()
 
@@ -112,8 +135,10 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
 def compile_all(out: Path, sanitize: str) -> list[Path]:
     """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge)."""
     include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{out}", f"-I{sysconfig.get_path('include')}"]
-    optimise = ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
-    ours = sorted(CSRC.glob("*.c")) + [out / "entry.gen.c", out / "parameters.gen.c"]
+    optimise = (
+        ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
+    )
+    ours = [*sorted(CSRC.glob("*.c")), out / "entry.gen.c", out / "parameters.gen.c"]
     headers = [*CSRC.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in headers)
 
@@ -172,6 +197,8 @@ def main() -> None:
     where = [str(arguments.installed)] if arguments.installed else [str(SHIM), str(runtime)]
     copy_backend(runtime)
     emit_all(out, where)
+    # The embedded interpreter writes nothing, so what it loads is compiled now: a tenth of a second a start.
+    compileall.compile_dir(SHIM / "pkcs11_ha", quiet=1)
     link(out, compile_all(out, arguments.sanitize), output / "libpkcs11-ha.so", arguments.sanitize)
 
 

@@ -21,7 +21,7 @@ _CONSTANTS: dict[str, int] = {
     for name, value in re.findall(r"^#define (CK\w+) \(?(0x[0-9A-Fa-f]+|\d+)UL\)?", _HEADER, re.MULTILINE)
 }
 _FUNCTIONS: list[str] = re.findall(r"^ +F\((C_\w+),", _HEADER, re.MULTILINE)
-_FUNCTIONS_2_40 = _FUNCTIONS[: _FUNCTIONS.index("C_WaitForSlotEvent") + 1]
+FUNCTIONS_2_40 = _FUNCTIONS[: _FUNCTIONS.index("C_WaitForSlotEvent") + 1]
 _RV_NAMES: dict[int, str] = {
     value: name for name, value in reversed(_CONSTANTS.items()) if name.startswith("CKR_")
 }
@@ -55,7 +55,7 @@ class _Version(ctypes.Structure):
 
 
 class _FunctionList(ctypes.Structure):
-    _fields_ = (("version", _Version), *((name, c_void_p) for name in _FUNCTIONS_2_40))
+    _fields_ = (("version", _Version), *((name, c_void_p) for name in FUNCTIONS_2_40))
 
 
 class _Interface(ctypes.Structure):
@@ -376,7 +376,7 @@ def _text(padded: bytes) -> str:
     return padded.decode().rstrip(" ")
 
 
-def _bytes(value: Value) -> bytes:
+def value_bytes(value: Value) -> bytes:
     match value:
         case bool():
             return bytes([value])
@@ -397,7 +397,7 @@ def _attributes(template: Template) -> tuple[object, int]:
     """A template and its length, as two arguments."""
     attributes = (_Attribute * len(template))()
     for attribute, (kind, value) in zip(attributes, template.items(), strict=True):
-        memory = ctypes.create_string_buffer(_bytes(value), len(_bytes(value)))
+        memory = ctypes.create_string_buffer(value_bytes(value), len(value_bytes(value)))
         attribute.type, attribute.value, attribute.size = kind, _pointer(memory), len(memory)
     return attributes, len(template)
 

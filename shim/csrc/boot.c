@@ -3,6 +3,7 @@
  *
  * Fails closed: unless the core has attached itself completely, with our version, nothing but an error leaves here.
  */
+#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -46,17 +47,23 @@ void ha_say(char *line)
     int n = snprintf(text, sizeof text, "pkcs11-ha: %s\n", line);
     if (n < 0) return;
     size_t size = (size_t)n < sizeof text ? (size_t)n : sizeof text - 1;
+    for (size_t k = 0; k < size; k++)
+        if (iscntrl((unsigned char)text[k])) text[k] = ' '; /* one line, and nothing that steers a terminal */
     text[size - 1] = '\n';
     while (write(STDERR_FILENO, text, size) < 0 && errno == EINTR) {
     }
 }
 
+int ha_is_version(char *version)
+{
+    if (strcmp(version, HA_VERSION) == 0) return 1;
+    ha_say("the core and this library are of different versions; refusing to work");
+    return 0;
+}
+
 void ha_attached(char *version)
 {
-    if (strcmp(version, HA_VERSION) == 0)
-        atomic_store(&attached, true);
-    else
-        ha_say("the core and this library are of different versions; refusing to work");
+    if (ha_is_version(version)) atomic_store(&attached, true);
 }
 
 unsigned ha_fork_generation(void)
@@ -137,8 +144,10 @@ CK_RV native_C_Initialize(CK_VOID_PTR pInitArgs)
     } else {
         pthread_once(&once, register_fork_handlers);
         rv = start(pInitArgs ? ((CK_C_INITIALIZE_ARGS *)pInitArgs)->flags : 0);
-        if (rv == CKR_OK) atomic_store(&state, RUNNING);
-        else ha_slots_reset();
+        if (rv == CKR_OK)
+            atomic_store(&state, RUNNING);
+        else
+            ha_slots_reset();
     }
     pthread_mutex_unlock(&life);
     return rv;

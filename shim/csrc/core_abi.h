@@ -15,30 +15,30 @@ typedef struct ha_secret ha_secret;   /* bytes in locked memory that no core dum
 typedef struct ha_call {
     ha_session *session;
     ha_slot *slot;
-    ha_member *target;             /* the chosen member */
-    void *function;                /* of that member */
+    ha_member *target; /* the chosen member */
+    void *function;    /* of that member */
     CK_SESSION_HANDLE member_session;
     CK_MECHANISM *mechanism;
     CK_MECHANISM *member_mechanism; /* `mechanism`, or a copy of it with the member's handles */
     void *mechanism_copy;
-    CK_RV rv;                      /* the member's answer, at last the application's */
-    CK_RV first_rv;                /* of the first member that failed */
-    unsigned row;                  /* index in the function table */
-    int member;                    /* index in the slot's members, -1: none chosen */
-    unsigned epoch;                /* of that member when it was chosen */
-    unsigned tried;                /* members that this call shall not use again */
-    unsigned suspects;             /* members whose failure a success elsewhere would prove */
-    unsigned answered;             /* members that gave an answer which others may better */
-    unsigned repairs;              /* repairs made for this call (sessions, logins, handles), bit by class */
-    unsigned objects;              /* how many of `object` are used */
-    unsigned char sent;            /* the function itself has reached the member */
-    unsigned char finished;        /* rv is the answer */
-    unsigned char creates_token;   /* the templates ask for a token object */
-    unsigned char query;           /* the caller asks for a length only */
-    unsigned char translate;       /* the mechanism's parameter holds object handles */
-    unsigned char alone;           /* meant for one member: the data plane asks the others itself */
-    unsigned char guarded;         /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
-    CK_OBJECT_HANDLE object[4];    /* virtual; the arguments, then those inside the mechanism */
+    CK_RV rv;                          /* the member's answer, at last the application's */
+    CK_RV first_rv;                    /* of the first member that failed */
+    unsigned row;                      /* index in the function table */
+    int member;                        /* index in the slot's members, -1: none chosen */
+    unsigned epoch;                    /* of that member when it was chosen */
+    unsigned tried;                    /* members that this call shall not use again */
+    unsigned suspects;                 /* members whose failure a success elsewhere would prove */
+    unsigned answered;                 /* members that gave an answer which others may better */
+    unsigned repairs;                  /* repairs made for this call (sessions, logins, handles), bit by class */
+    unsigned objects;                  /* how many of `object` are used */
+    unsigned char sent;                /* the function itself has reached the member */
+    unsigned char finished;            /* rv is the answer */
+    unsigned char creates_token;       /* the templates ask for a token object */
+    unsigned char query;               /* the caller asks for a length only */
+    unsigned char translate;           /* the mechanism's parameter holds object handles */
+    unsigned char alone;               /* meant for one member: the data plane asks the others itself */
+    unsigned char guarded;             /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
+    CK_OBJECT_HANDLE object[4];        /* virtual; the arguments, then those inside the mechanism */
     CK_OBJECT_HANDLE member_object[4]; /* the same on the chosen member */
 } ha_call;
 
@@ -76,9 +76,9 @@ ha_session *ha_session_find(CK_SESSION_HANDLE session); /* no lock: for the hold
 ha_slot *ha_session_slot(ha_session *session);
 CK_FLAGS ha_session_flags(ha_session *session);
 CK_SESSION_HANDLE ha_session_handle(ha_session *session);
-int ha_session_member(ha_session *session);        /* serving the operation under way, -1: none */
+int ha_session_member(ha_session *session); /* serving the operation under way, -1: none */
 unsigned ha_session_active(ha_session *session);
-int ha_session_may_move(ha_session *session);      /* 1: what is under way may be repeated elsewhere */
+int ha_session_may_move(ha_session *session); /* 1: what is under way may be repeated elsewhere */
 void ha_session_drop(ha_session *session, int member);
 void ha_session_own(ha_session *session, int member);
 CK_RV ha_session_bind(ha_session *session, int member, unsigned epoch, CK_SESSION_HANDLE *member_session);
@@ -93,7 +93,8 @@ void ha_object_free(CK_OBJECT_HANDLE object);
 /* ---- vendor libraries ---- */
 typedef struct ha_library ha_library;
 ha_library *ha_library_open(char *path, int private_copy, char *error, size_t error_size);
-void *ha_library_list(ha_library *library, unsigned *count, unsigned *major, unsigned *minor, char *error, size_t error_size);
+void *ha_library_list(ha_library *library, unsigned *count, unsigned *major, unsigned *minor, char *error,
+                      size_t error_size);
 void *ha_library_function(ha_library *library, void *list, unsigned row);
 CK_RV ha_library_initialize(void *initialize, CK_FLAGS flags, char *reserved);
 CK_RV ha_library_finalize(void *finalize);
@@ -110,9 +111,10 @@ int ha_secret_equal(ha_secret *secret, CK_BYTE *bytes, CK_ULONG size);
 void ha_secret_wipe(ha_secret *secret);
 
 /* ---- life ---- */
-void ha_attached(char *version);         /* the core is complete; another version than ours is refused */
-void ha_say(char *line);                 /* one line on stderr */
-unsigned ha_fork_generation(void);       /* 0 in the process that loaded us, more in each child of a fork */
+int ha_is_version(char *version);  /* 1: that of this library; else one line says that it is another */
+void ha_attached(char *version);   /* the core is complete; another version than ours is refused */
+void ha_say(char *line);           /* one line on stderr */
+unsigned ha_fork_generation(void); /* 0 in the process that loaded us, more in each child of a fork */
 
 /* ---- calls that the core carries out by itself, with the session locked ---- */
 int ha_call_next(ha_call *call);              /* 1: call `function` with `member_session`; 0: `rv` is the answer */

@@ -78,7 +78,8 @@ void ha_environ_restore(void)
 {
     while (changes) {
         changes--;
-        if (environ == ours) __atomic_store_n(&environ[changed[changes].index], changed[changes].before, __ATOMIC_RELEASE);
+        if (environ == ours)
+            __atomic_store_n(&environ[changed[changes].index], changed[changes].before, __ATOMIC_RELEASE);
     }
 }
 

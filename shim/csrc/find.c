@@ -114,7 +114,8 @@ CK_RV native_C_FindObjectsInit(CK_SESSION_HANDLE hSession, CK_ATTRIBUTE_PTR pTem
         uint32_t bit = left & -left;
         call.tried = ~bit;
         asked |= bit;
-        while (!call.finished && ha_call_route(&call)) ha_call_done(&call, find_on_member(&call, pTemplate, ulCount, &found));
+        while (!call.finished && ha_call_route(&call))
+            ha_call_done(&call, find_on_member(&call, pTemplate, ulCount, &found));
         if (call.rv == CKR_OK) call.rv = identify(&call, &found, &all);
         if (call.rv == CKR_OK)
             answered |= bit;

@@ -223,8 +223,8 @@ void ha_slots_reset(void);
 bool ha_object_valid(CK_OBJECT_HANDLE object, ha_slot *slot);
 uint32_t ha_object_absent_mask(CK_OBJECT_HANDLE object);
 CK_OBJECT_HANDLE ha_object_at(CK_OBJECT_HANDLE object, int member, uint32_t epoch);
-void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects,
-                        size_t count, CK_OBJECT_HANDLE *objects);
+void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects, size_t count,
+                        CK_OBJECT_HANDLE *objects);
 void ha_objects_reset(void);
 void ha_objects_after_fork(void);
 

@@ -186,8 +186,8 @@ CK_OBJECT_HANDLE ha_object_at(CK_OBJECT_HANDLE object, int member, uint32_t epoc
 }
 
 /* Virtual handles of what a member found; 0 for those that the core has not identified yet. */
-void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects,
-                        size_t count, CK_OBJECT_HANDLE *objects)
+void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects, size_t count,
+                        CK_OBJECT_HANDLE *objects)
 {
     struct ha_map *map = &slot->map[member];
     pthread_mutex_lock(&map->lock);

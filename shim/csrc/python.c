@@ -80,7 +80,8 @@ static bool host_is_fit(char *error, size_t error_size)
         Dl_info where;
         char executable[256] = "";
         ssize_t n = readlink("/proc/self/exe", executable, sizeof executable - 1);
-        bool static_host = n > 0 && dladdr(bound, &where) && where.dli_fname && strstr(where.dli_fname, "libpython") == NULL;
+        bool static_host =
+            n > 0 && dladdr(bound, &where) && where.dli_fname && strstr(where.dli_fname, "libpython") == NULL;
         if (!(static_host && strstr(other.path, HA_LIBPYTHON))) {
             snprintf(error, error_size, "another Python is loaded in the host process (%s)", other.path);
             return false;

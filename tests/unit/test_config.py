@@ -1,6 +1,7 @@
 """What the configuration file says is taken as it is meant, or refused with file, line and key."""
 
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -502,7 +503,7 @@ def test_dos_file_is_read_and_its_lines_are_counted(written: Path) -> None:
 def test_file_that_is_missing_or_no_file_is_refused(tmp_path: Path) -> None:
     assert refused_file(tmp_path / "none") == f"{tmp_path}/none: No such file or directory"
     assert refused_file(tmp_path) == f"{tmp_path}: Is a directory"
-    assert refused_file(Path("/a\0b")) == "/a\\x00b: embedded null byte"
+    assert re.fullmatch(r"/a\\x00b: .*null.*", refused_file(Path("/a\0b")))  # Python's words, which change
 
 
 def test_file_that_is_not_utf8_is_refused_at_its_line(written: Path) -> None:

@@ -34,6 +34,8 @@ def _sealed(name: str, handler: Handler) -> Callable[..., int]:
 def attach(ffi: Any, lib: Any) -> None:
     """Called once by the library when it starts the core; says in one line what keeps it from working."""
     native.ffi, native.lib = ffi, lib
+    if not lib.ha_is_version(native.text(ck.STAMP)):
+        return  # before anything that may differ
     handlers: dict[str, Handler] = {
         **life.HANDLERS,
         **slots.HANDLERS,

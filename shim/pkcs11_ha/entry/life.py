@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
@@ -41,7 +42,10 @@ def report_fault(where: str, error: BaseException) -> None:
     trace, place = error.__traceback__, ""
     while trace is not None:
         code = trace.tb_frame.f_code
-        place, trace = f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}", trace.tb_next
+        place, trace = (
+            f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}",
+            trace.tb_next,
+        )
     if _current is not None:
         _current.log(Event("core.failed", details={"call": where, "why": repr(error), "where": place}))
     else:
@@ -70,4 +74,8 @@ def _finalize() -> None:
     ending.finalise()
 
 
-HANDLERS = {"initialize": _initialize, "stopping": _stopping, "finalize": _finalize}
+HANDLERS: dict[str, Callable[..., int | None]] = {
+    "initialize": _initialize,
+    "stopping": _stopping,
+    "finalize": _finalize,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
@@ -33,10 +34,12 @@ def _context_login(session: Any, slot: VirtualSlot, pin: Any, size: int) -> int:
     if index < 0:
         raise CkError(ck.CKR_OPERATION_NOT_INITIALIZED)
     carried = Carried("C_Login", slot, session).only(slot.members[index])
-    return carried.run(lambda function, call: function(call.member_session, ck.CKU_CONTEXT_SPECIFIC, pin, size))
+    return carried.run(
+        lambda function, call: function(call.member_session, ck.CKU_CONTEXT_SPECIFIC, pin, size)
+    )
 
 
-def _login_user(handle: int, user: int, pin: Any, size: int, name: Any, name_size: int) -> int | None:
+def _login_user(handle: int, user: int, pin: Any, size: int, _name: Any, name_size: int) -> int | None:
     """C_LoginUser (3.0): without a user name it is C_Login; names mean something to one token only."""
     if name_size == 0:
         return _login(handle, user, pin, size)
@@ -56,7 +59,9 @@ def _everybody(slot: VirtualSlot, call: str) -> list[Member]:
     """All members, for a change that must reach all or none; refused while one is away."""
     away = [member.name for member in slot.members if member.state is not MemberState.UP]
     if away:
-        current().log(Event("login.refused", slot.face.label, away[0], {"call": call, "why": "a member is away"}))
+        current().log(
+            Event("login.refused", slot.face.label, away[0], {"call": call, "why": "a member is away"})
+        )
         raise CkError(ck.CKR_DEVICE_ERROR)
     if any(member.config.pin_source for member in slot.members):
         why = "a member has a PIN of its own"
@@ -108,11 +113,10 @@ def _undo(slot: VirtualSlot, member: Member, rv: int) -> None:
         current().log(Event("write.partial", slot.face.label, member.name, details))
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., int | None]] = {
     "C_Login": _login,
     "C_LoginUser": _login_user,
     "C_Logout": _logout,
     "C_SetPIN": _set_pin,
     "C_InitPIN": _init_pin,
 }
-

@@ -23,7 +23,9 @@ def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, template, count, made))
 
-    return _make("C_CreateObject", slot, session, (), bool(asks_for_token_object(template, count)), make, result)
+    return _make(
+        "C_CreateObject", slot, session, (), bool(asks_for_token_object(template, count)), make, result
+    )
 
 
 def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int:
@@ -81,7 +83,9 @@ def _others(slot: VirtualSlot, index: int) -> list[Member]:
 
 
 def _partial(slot: VirtualSlot, member: Member, name: str, rv: int) -> None:
-    current().log(Event("write.partial", slot.face.label, member.name, {"call": name, "code": ck.rv_name(rv)}))
+    current().log(
+        Event("write.partial", slot.face.label, member.name, {"call": name, "code": ck.rv_name(rv)})
+    )
 
 
 def _holders(slot: VirtualSlot, known: VirtualObject) -> list[Member]:
@@ -122,7 +126,9 @@ def _on_every_holder(
     if failure != ck.CKR_OK:
         raise CkError(failure)
     if not done:
-        raise CkError(ck.CKR_DEVICE_ERROR if slot.serving_mask == 0 or known.at else ck.CKR_OBJECT_HANDLE_INVALID)
+        raise CkError(
+            ck.CKR_DEVICE_ERROR if slot.serving_mask == 0 or known.at else ck.CKR_OBJECT_HANDLE_INVALID
+        )
     return done
 
 
@@ -156,7 +162,7 @@ def _destroy_object(handle: int, object_: int) -> None:
     slot.objects.drop(known)
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., int | None]] = {
     "C_CreateObject": _create_object,
     "C_CopyObject": _copy_object,
     "C_SetAttributeValue": _set_attribute_value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
@@ -10,7 +11,7 @@ from pkcs11_ha.core.policy import Answer, Verdict, judge
 from pkcs11_ha.entry.life import current, slot_by_id, slot_of
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import login, native
-from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 from pkcs11_ha.spec.functions import FUNCTIONS
@@ -26,7 +27,7 @@ def _slot(call: Any) -> VirtualSlot:
 
 
 def _row_name(call: Any) -> str:
-    return FUNCTIONS[call.row].name
+    return FUNCTIONS[int(call.row)].name
 
 
 def check(native_slot: Any) -> None:
@@ -38,7 +39,7 @@ def decide(call: Any) -> int:
     """A member's answer was not clean: repair, move on, or let it stand."""
     slot = _slot(call)
     member = slot.members[call.member]
-    row = FUNCTIONS[call.row]
+    row = FUNCTIONS[int(call.row)]
     code = member.code(call.rv)
     active = native.lib.ha_session_active(call.session)
     verdict = judge(
@@ -56,37 +57,92 @@ def decide(call: Any) -> int:
     )
     if code in _REPAIR_BIT:
         call.repairs |= _REPAIR_BIT[code]
-    match verdict:
-        case Verdict.ANSWER:
-            return int(call.rv)
-        case Verdict.LOSE:
-            _lose(call, member)
+    return _CARRY_OUT[verdict](call, slot, member)
+
+
+def _answer(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+    return int(call.rv)
+
+
+def _lose_and_move(call: Any, _slot: VirtualSlot, member: Member) -> int:
+    _lose(call, member)
+    call.tried |= 1 << call.member
+    return _again(call)
+
+
+def _lose_and_tell(call: Any, _slot: VirtualSlot, member: Member) -> int:
+    _lose(call, member)
+    return ck.CKR_DEVICE_ERROR
+
+
+def _suspect(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+    call.suspects |= 1 << call.member
+    return _elsewhere(call, _slot, _member)
+
+
+def _elsewhere(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+    _answered(call)
+    return _again(call)
+
+
+def _probe(call: Any, _slot: VirtualSlot, member: Member) -> int:
+    if member.probe():
+        return int(call.rv)
+    _lose(call, member)
+    if not native.lib.ha_session_may_move(call.session):
+        return AGAIN  # the data plane finds the operation lost, and says so
+    return ck.CKR_DEVICE_ERROR
+
+
+def _new_session(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+    """What was under way in it is begun again, if it may be."""
+    native.lib.ha_session_drop(call.session, call.member)
+    return _again(call)
+
+
+def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
+    """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
+    with slot.login_lock:
+        member.user = None
+        try:
+            login.restore(slot, member)
+        except PinRefused as error:
+            current().refuse(member, error.rv)
             call.tried |= 1 << call.member
-        case Verdict.LOSE_AND_TELL:
-            _lose(call, member)
-            return ck.CKR_DEVICE_ERROR
-        case Verdict.SUSPECT:
+        except ConnectError:
             _answered(call)
-            call.suspects |= 1 << call.member
-        case Verdict.PROBE:
-            if member.probe():
-                return int(call.rv)
-            _lose(call, member)
-            if not native.lib.ha_session_may_move(call.session):
-                return AGAIN  # the data plane finds the operation lost, and says so
-            return ck.CKR_DEVICE_ERROR
-        case Verdict.ELSEWHERE:
-            _answered(call)
-        case Verdict.NEW_SESSION:
-            _drop_session(call)
-        case Verdict.NEW_LOGIN:
-            _log_in_again(call, slot, member)
-        case Verdict.NEW_HANDLES:
-            _forget_handles(call, slot)
-        case Verdict.NEW_LIBRARY:
-            _lose(call, member)
-            if not current().reconnect_now(member):
-                call.tried |= 1 << call.member
+    return _again(call)
+
+
+def _new_handles(call: Any, slot: VirtualSlot, _member: Member) -> int:
+    for place in range(call.objects):
+        if call.object[place]:
+            slot.objects.forget(int(call.object[place]), call.member)
+    return _again(call)
+
+
+def _new_library(call: Any, _slot: VirtualSlot, member: Member) -> int:
+    _lose(call, member)
+    if not current().reconnect_now(member):
+        call.tried |= 1 << call.member
+    return _again(call)
+
+
+_CARRY_OUT: dict[Verdict, Callable[[Any, VirtualSlot, Member], int]] = {
+    Verdict.ANSWER: _answer,
+    Verdict.LOSE: _lose_and_move,
+    Verdict.LOSE_AND_TELL: _lose_and_tell,
+    Verdict.SUSPECT: _suspect,
+    Verdict.PROBE: _probe,
+    Verdict.ELSEWHERE: _elsewhere,
+    Verdict.NEW_SESSION: _new_session,
+    Verdict.NEW_LOGIN: _new_login,
+    Verdict.NEW_HANDLES: _new_handles,
+    Verdict.NEW_LIBRARY: _new_library,
+}
+
+
+def _again(call: Any) -> int:
     call.sent = 0
     return AGAIN
 
@@ -102,30 +158,6 @@ def _lose(call: Any, member: Member) -> None:
     current().lose(member, int(call.rv), _row_name(call), int(call.epoch))
 
 
-def _drop_session(call: Any) -> None:
-    """The member session is replaced; what was under way in it is begun again, if it may be."""
-    native.lib.ha_session_drop(call.session, call.member)
-
-
-def _log_in_again(call: Any, slot: VirtualSlot, member: Member) -> None:
-    """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
-    with slot.login_lock:
-        member.user = None
-        try:
-            login.restore(slot, member)
-        except login.PinRefused as error:
-            current().refuse(member, error.rv)
-            call.tried |= 1 << call.member
-        except ConnectError:
-            _answered(call)
-
-
-def _forget_handles(call: Any, slot: VirtualSlot) -> None:
-    for place in range(call.objects):
-        if call.object[place]:
-            slot.objects.forget(int(call.object[place]), call.member)
-
-
 def locate(call: Any) -> int:
     """Handles of the call's objects on its member are not known: look, prove, or mark them absent."""
     slot = _slot(call)
@@ -135,7 +167,7 @@ def locate(call: Any) -> int:
         try:
             known = slot.objects.get(int(call.object[place]))
         except CkError:
-            return _no_such_object(call, place)
+            return _no_such_object(call)
         try:
             slot.objects.handle_at(known, call.member)
         except CkError as error:
@@ -144,7 +176,7 @@ def locate(call: Any) -> int:
     return AGAIN
 
 
-def _no_such_object(call: Any, place: int) -> int:
+def _no_such_object(call: Any) -> int:
     return ck.CKR_OBJECT_HANDLE_INVALID if _row_name(call) in _ON_OBJECTS else ck.CKR_KEY_HANDLE_INVALID
 
 
@@ -162,7 +194,9 @@ def no_member(call: Any) -> int:
                 epoch = member.epoch
                 if not member.probe():
                     current().lose(member, int(call.first_rv), _row_name(call), epoch)
-        alive = [i for i, m in enumerate(slot.members) if call.answered >> i & 1 and m.state is MemberState.UP]
+        alive = [
+            i for i, m in enumerate(slot.members) if call.answered >> i & 1 and m.state is MemberState.UP
+        ]
         if alive:
             return int(call.first_rv)  # they all say so: it is the answer
     if slot.serving_mask & ~call.tried:
@@ -170,7 +204,7 @@ def no_member(call: Any) -> int:
         if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
             return ck.CKR_KEY_HANDLE_INVALID if _scattered(slot, call, serving) else ck.CKR_DEVICE_ERROR
     if call.objects and slot.serving_mask and not any(m.state is not MemberState.UP for m in slot.members):
-        return _no_such_object(call, 0)
+        return _no_such_object(call)
     return ck.CKR_DEVICE_ERROR
 
 
@@ -239,7 +273,7 @@ def last_session_closed(native_slot: Any) -> None:
     login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)))
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., int | None]] = {
     "check": check,
     "no_member": no_member,
     "locate": locate,

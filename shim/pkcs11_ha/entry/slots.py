@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pkcs11_ha import __version__, ck
@@ -81,8 +83,11 @@ def _get_token_info(slot_id: int, info: Any) -> None:
             setattr(info, name, ck.CK_UNAVAILABLE_INFORMATION)
     info.ulSessionCount = native.lib.ha_slot_sessions(slot.native, False)
     info.ulRwSessionCount = native.lib.ha_slot_sessions(slot.native, True)
-    for version, value in ((info.hardwareVersion, facts.hardware), (info.firmwareVersion, facts.firmware)):
-        version.major, version.minor = value
+    for version, known_version in (
+        (info.hardwareVersion, facts.hardware),
+        (info.firmwareVersion, facts.firmware),
+    ):
+        version.major, version.minor = known_version
     native.ffi.buffer(info.utcTime)[:] = b" " * 16
 
 
@@ -96,7 +101,7 @@ def _first_that_tells(slot: VirtualSlot) -> Member:
             return member  # another caller is waiting for it already
         member.learning = True
         try:
-            native.within(_TOKEN_BUDGET_S, core.may_use_threads, member.learn, lambda m=member: _learnt(m))
+            native.within(_TOKEN_BUDGET_S, core.may_use_threads, member.learn, partial(_learnt, member))
             member.learning = False
             return member
         except OutOfTime:
@@ -134,7 +139,9 @@ def _token_flags(slot: VirtualSlot) -> int:
     members = [m.facts.flags for m in slot.serving() if m.facts]
     flags = members[0] & ~(_ALL | _WARNINGS | ck.CKF_CLOCK_ON_TOKEN | ck.CKF_RESTORE_KEY_NOT_NEEDED)
     for flag in (1 << bit for bit in range(32)):
-        if (flag & _ALL and all(m & flag for m in members)) or (flag & _WARNINGS and any(m & flag for m in members)):
+        if (flag & _ALL and all(m & flag for m in members)) or (
+            flag & _WARNINGS and any(m & flag for m in members)
+        ):
             flags |= flag
     return flags
 
@@ -227,7 +234,9 @@ def _ha_state(slot_id: int, status: Any) -> None:
     native.ffi.memmove(status, bytes(native.ffi.sizeof("CK_HA_STATUS")), native.ffi.sizeof("CK_HA_STATUS"))
     if not slot.is_group:
         raise CkError(ck.CKR_SLOT_ID_INVALID)
-    native.ffi.memmove(status.groupSerial, slot.face.serial.encode()[:19], len(slot.face.serial.encode()[:19]))
+    native.ffi.memmove(
+        status.groupSerial, slot.face.serial.encode()[:19], len(slot.face.serial.encode()[:19])
+    )
     core = current()
     with core.lock:
         for entry, member in zip(status.memberList, slot.members, strict=False):
@@ -241,7 +250,7 @@ def _ha_state(slot_id: int, status: Any) -> None:
         status.listSize = len(slot.members)
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., int | None]] = {
     "C_GetInfo": _get_info,
     "C_GetSlotList": _get_slot_list,
     "C_GetSlotInfo": _get_slot_info,
@@ -252,4 +261,3 @@ HANDLERS = {
     "C_WaitForSlotEvent": _wait_for_slot_event,
     "ha_state": _ha_state,
 }
-

@@ -54,7 +54,12 @@ def _lengths(member: Member, session: int, object_: int, types: Sequence[int]) -
 def who(member: Member, session: int, object_: int) -> Identity:
     """The identity of a member's object; raises CkError."""
     first = read(member, session, object_, (ck.CKA_CLASS, ck.CKA_KEY_TYPE))
-    rest = read(member, session, object_, attributes_to_read(_ulong(first, ck.CKA_CLASS), _ulong(first, ck.CKA_KEY_TYPE)))
+    rest = read(
+        member,
+        session,
+        object_,
+        attributes_to_read(_ulong(first, ck.CKA_CLASS), _ulong(first, ck.CKA_KEY_TYPE)),
+    )
     return identify(rest)
 
 

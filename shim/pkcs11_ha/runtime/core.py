@@ -18,6 +18,7 @@ from pkcs11_ha.runtime.native import CkError, OutOfTime
 from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
 _SERIAL_SIZE = 16
+_NO_ANSWER = "no answer in time"
 _IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
 
 
@@ -25,7 +26,11 @@ class Core:
     """Everything that lives from C_Initialize to C_Finalize.  The only writer of member states."""
 
     def __init__(
-        self, settings: config.Config, state_dir: str, flags: int, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        settings: config.Config,
+        state_dir: str,
+        flags: int,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -49,7 +54,9 @@ class Core:
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
         self.thread: threading.Thread | None = None
         if settings.recovery.mode == "background" and self.may_use_threads:
-            self.thread = threading.Thread(target=self._recover_in_background, name="pkcs11-ha recovery", daemon=True)
+            self.thread = threading.Thread(
+                target=self._recover_in_background, name="pkcs11-ha recovery", daemon=True
+            )
             self.thread.start()
 
     def log(self, event: Event) -> None:
@@ -64,7 +71,9 @@ class Core:
             for member in self.members.values():
                 self._connect(member)
             return
-        threads = [threading.Thread(target=self._connect, args=(m,), daemon=True) for m in self.members.values()]
+        threads = [
+            threading.Thread(target=self._connect, args=(m,), daemon=True) for m in self.members.values()
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -72,11 +81,14 @@ class Core:
 
     def _connect(self, member: Member) -> None:
         try:
-            self._within_budget(member, lambda: member.connect(self.libraries, self.settings.recovery.budget_s))
+            self._within_budget(
+                member, lambda: member.connect(self.libraries, self.settings.recovery.budget_s)
+            )
             member.state = MemberState.UP
         except (ConnectError, OutOfTime) as error:
             member.outage = Outage(self.clock())
-            details: dict[str, str | int] = {"call": "C_Initialize", "why": str(error) or "no answer in time"}
+            member.why = str(error) or _NO_ANSWER
+            details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
             self.log(Event("member.lost", "", member.name, details))
 
     def _within_budget(self, member: Member, work: Callable[[], None]) -> None:
@@ -159,7 +171,7 @@ class Core:
             member.user = None
             member.outage = Outage(self.clock())
             member.loss_was_read = False
-            member.lost_with = rv
+            member.why = f"{call} answered {ck.rv_name(rv)}"
             native.lib.ha_member_new_epoch(member.native)
             slots = self.slots_of(member)
             for slot in slots:
@@ -227,10 +239,11 @@ class Core:
         with self.lock:
             refused = isinstance(error, PinRefused)
             member.outage = recovery.after_failure(member.outage, self.clock(), refused)
+            member.why = str(error) or _NO_ANSWER
             limit = "unlimited" if self.rule.attempts < 0 else str(self.rule.attempts)
             details: dict[str, str | int] = {
                 "attempt": f"{member.outage.failed} of {limit}",
-                "why": str(error) or "no answer in time",
+                "why": member.why,
             }
             exhausted = recovery.is_exhausted(member.outage, self.rule)
             for slot in slots:
@@ -251,10 +264,7 @@ class Core:
     def _recover_in_background(self) -> None:
         while True:
             with self.changed:
-                if self.stopping:
-                    return
-                self.changed.wait(_IDLE_STEP_S)
-                if self.stopping:
+                if self.changed.wait_for(lambda: self.stopping, _IDLE_STEP_S):
                     return
             for slot in self.slots.values():
                 if any(self._is_due(member) for member in slot.members):

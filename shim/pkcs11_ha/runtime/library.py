@@ -144,11 +144,11 @@ def _open(path: str, own: bool) -> Any:
     key = (generation, status.st_dev, status.st_ino)
     if not own and key in _opened:
         return _opened[key]
-    error = native.ffi.new("char[512]")
+    why = native.ffi.new("char[512]")
     # In a child the library that the parent loaded has the parent's state, and locks that nobody will release.
-    library = native.lib.ha_library_open(native.text(path), own or generation > 0, error, 512)
+    library = native.lib.ha_library_open(native.text(path), own or generation > 0, why, 512)
     if not library:
-        raise LibraryError(native.ffi.string(error).decode("utf-8", "replace"))
+        raise LibraryError(native.ffi.string(why).decode("utf-8", "replace"))
     if not own:
         _opened[key] = library
     return library

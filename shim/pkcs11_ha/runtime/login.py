@@ -32,7 +32,9 @@ def own_pin(member: Member) -> Any:
     error = native.ffi.new("char[512]")
     secret = native.lib.ha_secret_read(native.text(member.config.pin_source), error, 512)
     if not secret:
-        raise ConnectError(ck.CKR_PIN_INVALID, f"pin_source: {native.ffi.string(error).decode('utf-8', 'replace')}")
+        raise ConnectError(
+            ck.CKR_PIN_INVALID, f"pin_source: {native.ffi.string(error).decode('utf-8', 'replace')}"
+        )
     return secret
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-import time
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,11 +64,13 @@ class Member:
         self.state = MemberState.AWAY
         self.outage = Outage(now_ns)
         self.loss_was_read = False  # the first status after a loss says CKR_DEVICE_ERROR
-        self.lost_with = ck.CKR_TOKEN_NOT_PRESENT
+        self.why = ""  # it is away, in one line
         self.instance: Instance | None = None
         self.profile = profile_of(config)
         self.facts: TokenFacts | None = None
-        self.mechanisms: dict[int, tuple[int, int, int] | None] = {}  # type -> (min, max, flags), None: not asked
+        self.mechanisms: dict[
+            int, tuple[int, int, int] | None
+        ] = {}  # type -> (min, max, flags), None: not asked
         self.service = threading.RLock()  # of the service session: held over its calls
         self.session: int = 0  # kept open so that the login and the handles outlive other sessions
         self.user: int | None = None  # logged in on this member
@@ -160,7 +162,8 @@ class Member:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, f"no token matches {self.config.token}")
         if len(matches) > 1:
             raise ConnectError(
-                ck.CKR_TOKEN_NOT_RECOGNIZED, f"{len(matches)} tokens match {self.config.token}: be more precise"
+                ck.CKR_TOKEN_NOT_RECOGNIZED,
+                f"{len(matches)} tokens match {self.config.token}: be more precise",
             )
         return matches[0]
 
@@ -233,7 +236,9 @@ class Member:
         if self.call("C_GetTokenInfo", slot, info) != ck.CKR_OK:
             return False
         session = native.ffi.new("CK_SESSION_HANDLE *")
-        rv = self.call("C_OpenSession", slot, ck.CKF_SERIAL_SESSION, native.ffi.NULL, native.ffi.NULL, session)
+        rv = self.call(
+            "C_OpenSession", slot, ck.CKF_SERIAL_SESSION, native.ffi.NULL, native.ffi.NULL, session
+        )
         if rv == ck.CKR_SESSION_READ_WRITE_SO_EXISTS:
             return True
         if rv == ck.CKR_OK:
@@ -268,7 +273,9 @@ class Member:
 
 def _selectable(*structures: Any) -> tuple[dict[str, object], ...]:
     """CK_SLOT_INFO, CK_TOKEN_INFO and CK_INFO as the plain values that a selector compares."""
-    return tuple({name: _plain(getattr(s, name)) for name, _ in native.ffi.typeof(s[0]).fields} for s in structures)
+    return tuple(
+        {name: _plain(getattr(s, name)) for name, _ in native.ffi.typeof(s[0]).fields} for s in structures
+    )
 
 
 def _plain(value: Any) -> object:

@@ -41,7 +41,9 @@ class VirtualObject:
 class ObjectMap:
     """All virtual objects of one slot.  The only writer of the data plane's object table."""
 
-    def __init__(self, slot: Any, label: str, members: Sequence[Member], log: Callable[[Event], None]) -> None:
+    def __init__(
+        self, slot: Any, label: str, members: Sequence[Member], log: Callable[[Event], None]
+    ) -> None:
         self.native = slot
         self.label = label
         self.members = members
@@ -51,7 +53,9 @@ class ObjectMap:
         self.objects: dict[int, VirtualObject] = {}
         self.by_name: dict[Name, list[VirtualObject]] = {}
         self.by_member: list[dict[tuple[int, int], VirtualObject]] = [{} for _ in members]
-        self.tombstones: list[list[VirtualObject]] = [[] for _ in members]  # destroyed while the member was away
+        self.tombstones: list[list[VirtualObject]] = [
+            [] for _ in members
+        ]  # destroyed while the member was away
 
     # ---- the tables ----
 
@@ -399,7 +403,9 @@ class ObjectMap:
                 if match is Match.UNPROVEN and known.proof and known.evidence:
                     match = Match.SAME if self._run(known.proof, index, handle) == known.evidence else match
                 if match is Match.SAME:
-                    native.check(member.call("C_DestroyObject", member.session, handle), "destroying what is gone")
+                    native.check(
+                        member.call("C_DestroyObject", member.session, handle), "destroying what is gone"
+                    )
                     with self.lock:
                         self.tombstones[index].remove(known)
                     break

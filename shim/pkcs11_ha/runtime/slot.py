@@ -33,7 +33,13 @@ class VirtualSlot:
     """`serving_mask` and `present` are written by `publish` alone, the login by `Login` alone."""
 
     def __init__(
-        self, slot_id: int, face: Face, members: Sequence[Member], standbys: int, balance: str, log: Callable[[Event], None]
+        self,
+        slot_id: int,
+        face: Face,
+        members: Sequence[Member],
+        standbys: int,
+        balance: str,
+        log: Callable[[Event], None],
     ) -> None:
         self.id = slot_id
         self.face = face
@@ -50,7 +56,9 @@ class VirtualSlot:
         self.login_lock = threading.RLock()  # held over a fan-out of C_Login and its kin
         self.user: int = NOBODY
         self.secret: Any = None  # ha_secret of the application's PIN, while it is logged in
-        self.last_flags = ck.CKF_TOKEN_INITIALIZED | ck.CKF_LOGIN_REQUIRED | ck.CKF_USER_PIN_INITIALIZED | ck.CKF_RNG
+        self.last_flags = (
+            ck.CKF_TOKEN_INITIALIZED | ck.CKF_LOGIN_REQUIRED | ck.CKF_USER_PIN_INITIALIZED | ck.CKF_RNG
+        )
 
     def index(self, member: Member) -> int:
         return self.members.index(member)
@@ -77,7 +85,11 @@ class VirtualSlot:
         for index, member in enumerate(self.members):
             if self._is_standby(index) and (mask ^ before) >> index & 1:
                 promoted = mask >> index & 1
-                self.log(Event("standby.promoted" if promoted else "standby.released", self.face.label, member.name))
+                self.log(
+                    Event(
+                        "standby.promoted" if promoted else "standby.released", self.face.label, member.name
+                    )
+                )
         if before and not mask:
             self.log(Event("group.vanished", self.face.label))
         if mask and not before:

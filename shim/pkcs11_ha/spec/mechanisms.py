@@ -72,19 +72,28 @@ PARAMETERS: dict[str, Parameter] = {
     "CK_CAMELLIA_CBC_ENCRYPT_DATA_PARAMS": Parameter((("pData", "length"),)),
     "CK_ARIA_CBC_ENCRYPT_DATA_PARAMS": Parameter((("pData", "length"),)),
     "CK_SEED_CBC_ENCRYPT_DATA_PARAMS": Parameter((("pData", "length"),)),
-    "CK_ECDH1_DERIVE_PARAMS": Parameter((("pSharedData", "ulSharedDataLen"), ("pPublicData", "ulPublicDataLen"))),
+    "CK_ECDH1_DERIVE_PARAMS": Parameter(
+        (("pSharedData", "ulSharedDataLen"), ("pPublicData", "ulPublicDataLen"))
+    ),
     "CK_ECDH_AES_KEY_WRAP_PARAMS": Parameter((("pSharedData", "ulSharedDataLen"),)),
-    "CK_X9_42_DH1_DERIVE_PARAMS": Parameter((("pOtherInfo", "ulOtherInfoLen"), ("pPublicData", "ulPublicDataLen"))),
+    "CK_X9_42_DH1_DERIVE_PARAMS": Parameter(
+        (("pOtherInfo", "ulOtherInfoLen"), ("pPublicData", "ulPublicDataLen"))
+    ),
     "CK_GOSTR3410_DERIVE_PARAMS": Parameter((("pPublicData", "ulPublicDataLen"), ("pUKM", "ulUKMLen"))),
     # With handles.
     "CK_ECMQV_DERIVE_PARAMS": Parameter(_ECDH2, ("hPrivateData", "publicKey")),
     "CK_X9_42_DH2_DERIVE_PARAMS": Parameter(_DH2, ("hPrivateData",)),
     "CK_X9_42_MQV_DERIVE_PARAMS": Parameter(_DH2, ("hPrivateData", "publicKey")),
-    "CK_GOSTR3410_KEY_WRAP_PARAMS": Parameter((("pWrapOID", "ulWrapOIDLen"), ("pUKM", "ulUKMLen")), ("hKey",)),
+    "CK_GOSTR3410_KEY_WRAP_PARAMS": Parameter(
+        (("pWrapOID", "ulWrapOIDLen"), ("pUKM", "ulUKMLen")), ("hKey",)
+    ),
     "CK_HKDF_PARAMS": Parameter((("pSalt", "ulSaltLen"), ("pInfo", "ulInfoLen")), ("hSaltKey",)),
     "CK_KIP_PARAMS": Parameter((("pSeed", "ulSeedLen"),), ("hKey",), kept=False),
     "CK_CMS_SIG_PARAMS": Parameter(
-        (("pRequestedAttributes", "ulRequestedAttributesLen"), ("pRequiredAttributes", "ulRequiredAttributesLen")),
+        (
+            ("pRequestedAttributes", "ulRequestedAttributesLen"),
+            ("pRequiredAttributes", "ulRequiredAttributesLen"),
+        ),
         ("certificateHandle",),
         kept=False,
     ),

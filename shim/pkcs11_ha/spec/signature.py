@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from pycparser import c_ast, c_generator, c_parser
 
@@ -46,8 +47,7 @@ _CONSTANT = re.compile(r"^#define (CK[A-Z]?_\w+)\s+(?:0x([0-9A-Fa-f]+)UL|(\d+))"
 
 def constants(header: str) -> dict[str, int]:
     """Every numeric constant of the header, in its order; the first name of a number is its main one."""
-    with open(header, encoding="ascii") as file:
-        return {
-            name: int(hexadecimal, 16) if hexadecimal else int(decimal)
-            for name, hexadecimal, decimal in _CONSTANT.findall(file.read())
-        }
+    return {
+        name: int(hexadecimal, 16) if hexadecimal else int(decimal)
+        for name, hexadecimal, decimal in _CONSTANT.findall(Path(header).read_text(encoding="ascii"))
+    }
