@@ -75,14 +75,14 @@ unsigned ha_fork_generation(void)
 
 static void before_fork(void)
 {
+    ha_members_before_fork(); /* first: a call that ends may need the GIL to say so */
     ha_python_before_fork();
-    ha_members_before_fork();
 }
 
 static void after_fork_in_parent(void)
 {
-    ha_members_after_fork();
     ha_python_after_fork(false);
+    ha_members_after_fork();
 }
 
 static void after_fork_in_child(void)

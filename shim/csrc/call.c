@@ -71,11 +71,17 @@ static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
     return finish(call, rv);
 }
 
+/* An operation binds its session's calls to its member, but for those that are meant for a certain one. */
+static bool is_bound(const ha_call *call)
+{
+    return call->session->active && !call->alone;
+}
+
 static bool bound_to_lost_member(const ha_call *call)
 {
     const ha_session *session = call->session;
     int m = session->member;
-    if (!session->active) return false;
+    if (!is_bound(call)) return false;
     return call->tried >> m & 1 || session->at[m].epoch != atomic_load(&session->slot->member[m]->epoch);
 }
 
@@ -154,7 +160,7 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
             ha_core.operation_lost(call);
             return finish(call, CKR_DEVICE_ERROR);
         }
-        if (session->active && !move) {
+        if (is_bound(call) && !move) {
             call->member = session->member;
         } else {
             uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;

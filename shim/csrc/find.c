@@ -107,8 +107,6 @@ CK_RV native_C_FindObjectsInit(CK_SESSION_HANDLE hSession, CK_ATTRIBUTE_PTR pTem
     /* A call per member, `alone`: routed and repaired like any other, but never sent to another member. */
     ha_call verdict = {.row = FN_C_FindObjectsInit, .member = -1, .session = session, .slot = slot};
     uint32_t asked = 0, answered = 0, left;
-    uint32_t operations = session->active; /* an operation under way does not bind a search */
-    session->active = 0;
     while (rv == CKR_OK && (left = atomic_load(&slot->serving) & ~asked)) {
         ha_call call = {.row = FN_C_FindObjectsInit, .member = -1, .session = session, .slot = slot, .alone = 1};
         uint32_t bit = left & -left;
@@ -131,7 +129,6 @@ CK_RV native_C_FindObjectsInit(CK_SESSION_HANDLE hSession, CK_ATTRIBUTE_PTR pTem
             }
         }
     }
-    session->active = operations;
     if (rv == CKR_OK && !answered) rv = verdict.first_rv ? verdict.first_rv : CKR_DEVICE_ERROR;
     if (rv == CKR_OK && verdict.suspects) ha_core.settled(&verdict);
     free(found.at);

@@ -1,6 +1,7 @@
 /* Virtual slots: which members may serve (the core's decision, published as a mask) and which of them is next. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "ha.h"
 
@@ -24,6 +25,8 @@ ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance)
     slot->id = id;
     slot->balance = balance;
     atomic_store(&slot->check_at, UINT64_MAX);
+    /* Programs that live for one call each must not all begin with the same member. */
+    atomic_store(&slot->turn, (uint32_t)getpid());
     atomic_store(&slot->login, CK_UNAVAILABLE_INFORMATION);
     for (unsigned m = 0; m < HA_MAX_MEMBERS; m++) {
         pthread_mutex_init(&slot->map[m].lock, NULL);

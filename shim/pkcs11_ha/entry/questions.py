@@ -103,7 +103,7 @@ def _new_session(call: Any, _slot: VirtualSlot, _member: Member) -> int:
 def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
     """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
     with slot.login_lock:
-        member.user = None
+        member.logins.discard(slot.id)
         try:
             login.restore(slot, member)
         except PinRefused as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from hashlib import sha256
 
 from pkcs11_ha import __version__, ck, config
@@ -13,8 +14,8 @@ from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
 from pkcs11_ha.log import Event, Log, open_log
 from pkcs11_ha.runtime import identity_file, login, native
 from pkcs11_ha.runtime.library import Libraries
-from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
-from pkcs11_ha.runtime.native import CkError, OutOfTime
+from pkcs11_ha.runtime.member import Member, MemberState, PinRefused
+from pkcs11_ha.runtime.native import OutOfTime
 from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
 _SERIAL_SIZE = 16
@@ -85,7 +86,7 @@ class Core:
                 member, lambda: member.connect(self.libraries, self.settings.recovery.budget_s)
             )
             member.state = MemberState.UP
-        except (ConnectError, OutOfTime) as error:
+        except Exception as error:
             member.outage = Outage(self.clock())
             member.why = str(error) or _NO_ANSWER
             details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
@@ -168,7 +169,7 @@ class Core:
             if member.state is not MemberState.UP or member.epoch != epoch:
                 return
             member.state = MemberState.AWAY
-            member.user = None
+            member.logins.clear()
             member.outage = Outage(self.clock())
             member.loss_was_read = False
             member.why = f"{call} answered {ck.rv_name(rv)}"
@@ -213,7 +214,7 @@ class Core:
             member.connecting = True
             self._publish(slots)  # others do not come here meanwhile
             self._within_budget(member, lambda: self._bring_back(member, slots))
-        except (ConnectError, CkError, OutOfTime) as error:
+        except Exception as error:  # whatever it was, the member is tried again
             self._failed(member, slots, error)
             return False
         return True
@@ -224,16 +225,19 @@ class Core:
         member.connect(self.libraries, self.settings.recovery.budget_s)
         for slot in slots:
             login.restore(slot, member)
-        for slot in slots:
             slot.objects.reconcile(slot.index(member))
-        with self.lock:
+        with ExitStack() as stack:
+            for slot in slots:
+                stack.enter_context(slot.login_lock)
+                login.restore(slot, member)  # the application may have logged in or out meanwhile
+            stack.enter_context(self.lock)
             member.connecting = False
             member.state = MemberState.UP
             for slot in slots:
                 self.log(Event("member.recovered", slot.face.label, member.name, {"attempt": failed + 1}))
             self._publish(slots)
-        for slot in slots:
-            slot.publish_login()
+            for slot in slots:
+                slot.publish_login()
 
     def _failed(self, member: Member, slots: list[VirtualSlot], error: Exception) -> None:
         with self.lock:

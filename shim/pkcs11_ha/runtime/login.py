@@ -57,8 +57,10 @@ def login_member(member: Member, user: int, pin: Pin) -> int:
 
 
 def restore(slot: VirtualSlot, member: Member) -> None:
-    """Logs a returning member in as its slot is; raises ConnectError, PinRefused if it must not be tried again."""
-    if slot.user == NOBODY or member.user == slot.user:
+    """Logs a member in or out, as its slot is; raises ConnectError, PinRefused if it must not be tried again."""
+    if slot.user == NOBODY:
+        leave(slot, member)
+    if slot.user == NOBODY or slot.id in member.logins:
         return
     if slot.secret is None and member.config.pin_source is None:
         raise ConnectError(ck.CKR_USER_NOT_LOGGED_IN, "logged in without a PIN that could be kept")
@@ -71,6 +73,15 @@ def restore(slot: VirtualSlot, member: Member) -> None:
         raise PinRefused(rv, f"C_Login answers {ck.rv_name(rv)}")
     if rv not in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
         raise ConnectError(rv, f"C_Login answers {ck.rv_name(rv)}")
+    member.logins.add(slot.id)
+
+
+def leave(slot: VirtualSlot, member: Member) -> None:
+    """Logs a member out, unless it serves another slot that is logged in: a token has one login."""
+    if slot.id in member.logins:
+        member.logins.discard(slot.id)
+        if not member.logins:
+            member.logout()
 
 
 def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[Member, int], None]) -> None:
@@ -90,7 +101,7 @@ def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[
         slot.user = user
         if pin.pointer != native.ffi.NULL:
             slot.secret = native.lib.ha_secret_new(pin.pointer, pin.size) or None
-        for member in [m for m in slot.up() if m.user != user]:
+        for member in [m for m in slot.up() if slot.id not in m.logins]:
             _follow(slot, member, user, pin, lose, refuse)
         slot.publish_login()
     slot.log(Event("login.succeeded", slot.face.label))
@@ -116,6 +127,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
         epoch = member.epoch
         rv = login_member(member, user, pin)
         if rv == ck.CKR_OK:
+            member.logins.add(slot.id)
             return
         if rv == ck.CKR_USER_ALREADY_LOGGED_IN:
             # The host is logged in on this token by itself: the PIN is still to be verified.
@@ -153,6 +165,7 @@ def _follow(
     except ConnectError as error:
         rv = error.rv
     if rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
+        member.logins.add(slot.id)
         return
     slot.log(Event("login.member_refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
     if rv in PIN_REFUSED:
@@ -164,12 +177,11 @@ def _follow(
 def logout(slot: VirtualSlot) -> None:
     """C_Logout: private objects become invisible, the PIN is wiped (PKCS#11 5.6.9).  Never fails for a member."""
     with slot.login_lock:
-        was, slot.user = slot.user, NOBODY
+        slot.user = NOBODY
         slot.publish_login()
         if slot.secret is not None:
             native.lib.ha_secret_wipe(slot.secret)
             slot.secret = None
         slot.objects.drop_if(lambda known: known.identity.private)
         for member in slot.up():
-            if was != NOBODY:
-                member.logout()
+            leave(slot, member)

@@ -73,7 +73,7 @@ class Member:
         ] = {}  # type -> (min, max, flags), None: not asked
         self.service = threading.RLock()  # of the service session: held over its calls
         self.session: int = 0  # kept open so that the login and the handles outlive other sessions
-        self.user: int | None = None  # logged in on this member
+        self.logins: set[int] = set()  # virtual slots that are logged in on this member
         self.connecting = False  # an attempt is under way, perhaps beyond its budget
         self.learning = False  # somebody is asking it for its token information
         self._clean = native.ffi.new("unsigned char[]", codes.clean_table(self.profile))
@@ -128,7 +128,8 @@ class Member:
         one_by_one = instance.one_call_at_a_time or self.profile == "p11-kit"
         native.lib.ha_member_traits(self.native, guard, one_by_one)
         native.lib.ha_member_new_epoch(self.native)
-        self.session, self.user = 0, None
+        self.session = 0
+        self.logins.clear()
         native.lib.ha_member_slot(self.native, self._find_slot())
         self.learn()
         self.mechanisms = dict.fromkeys(self._mechanism_types())
@@ -260,14 +261,10 @@ class Member:
     def login(self, user: int, pin: Any, size: int) -> int:
         """One C_Login on the service session; what the member says.  Never called twice with a refused PIN."""
         with self.service:
-            rv = self.call("C_Login", self.session, user, pin, size)
-            if rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
-                self.user = user
-            return rv
+            return self.call("C_Login", self.session, user, pin, size)
 
     def logout(self) -> int:
         with self.service:
-            self.user = None
             return self.call("C_Logout", self.session)
 
 

@@ -52,6 +52,7 @@ class VirtualSlot:
         self.objects = ObjectMap(self.native, face.label, members, log)
         self.serving_mask = 0
         self.present = False
+        self.published = False
         self.is_group = True
         self.login_lock = threading.RLock()  # held over a fan-out of C_Login and its kin
         self.user: int = NOBODY
@@ -80,6 +81,8 @@ class VirtualSlot:
         )
         before, self.serving_mask = self.serving_mask, mask
         self.present = mask != 0
+        if not self.published:
+            before, self.published = mask, True  # the start is no change
         native.lib.ha_slot_serving(self.native, mask)
         native.lib.ha_slot_check_at(self.native, check_at_ns)
         for index, member in enumerate(self.members):
