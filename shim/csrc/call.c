@@ -135,7 +135,7 @@ static inline bool route_at_once(ha_call *call)
         uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
         if (call->objects) may = without_absent(call, may);
         if (!may) return false;
-        call->member = ha_slot_choose(call->slot, may, ha_rows[call->row].primary);
+        call->member = ha_slot_choose(call->session, may, ha_rows[call->row].primary);
     }
     ha_member *target = slot->member[call->member];
     call->epoch = atomic_load_explicit(&target->epoch, memory_order_acquire);
@@ -166,7 +166,7 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
             uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;
             if (call->objects) may = without_absent(call, may);
             if (move) may = without_operation_keys(session, may);
-            call->member = may ? ha_slot_choose(slot, may, ha_rows[call->row].primary) : -1;
+            call->member = may ? ha_slot_choose(session, may, ha_rows[call->row].primary) : -1;
             if (call->member < 0) {
                 if (ask_core(call, ha_core.no_member)) continue;
                 return false;

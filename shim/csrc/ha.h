@@ -96,6 +96,7 @@ struct ha_session {
     uint32_t fresh;  /* those of them that have taken no input yet */
     int member;      /* that they run on */
     int last_member; /* that served last */
+    uint32_t turn;   /* of its choices among members that are equally busy */
     uint32_t owns;   /* members on which this session has session objects */
     bool finding;
     CK_OBJECT_HANDLE *found;
@@ -122,7 +123,7 @@ void ha_session_unlock_slowly(ha_session *session);
 bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call);
 void ha_member_leave_specially(ha_member *member, ha_call *call);
 void ha_wait_for_fork(void);
-int ha_slot_balance(ha_slot *slot, uint32_t candidates);
+int ha_slot_balance(ha_session *session, uint32_t candidates);
 void ha_call_judge(ha_call *call);
 void ha_check_when_due(ha_slot *slot, uint64_t check_at);
 
@@ -184,12 +185,13 @@ static inline int ha_in_flight(ha_member *member)
 
 /*
  * The next member among `candidates` (never 0).  The core decides who may serve; which of them is least busy
- * only the data plane can know at this moment.  Ties go round, starting behind the last one chosen.
+ * only the data plane can know at this moment.  Ties go round, session by session: a turn that all threads share
+ * would be a cache line they fight over.
  */
-static inline int ha_slot_choose(ha_slot *slot, uint32_t candidates, bool primary)
+static inline int ha_slot_choose(ha_session *session, uint32_t candidates, bool primary)
 {
     if (primary || !(candidates & (candidates - 1))) return __builtin_ctz(candidates);
-    return ha_slot_balance(slot, candidates);
+    return ha_slot_balance(session, candidates);
 }
 
 /* What is read before it is written; the rest of the structure need not be touched at every call. */

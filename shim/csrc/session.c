@@ -262,6 +262,7 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
         session->active = session->fresh = session->owns = 0;
         session->finding = false;
         session->member = session->last_member = -1;
+        session->turn = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed);
         atomic_fetch_add(&slot->sessions, 1);
         if (flags & CKF_RW_SESSION) atomic_fetch_add(&slot->rw_sessions, 1);
         *phSession = HANDLE(atomic_load_explicit(&session->word, memory_order_relaxed));

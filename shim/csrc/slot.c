@@ -82,12 +82,13 @@ CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write)
 }
 
 /* The next of several members: see ha_slot_choose. */
-int ha_slot_balance(ha_slot *slot, uint32_t candidates)
+int ha_slot_balance(ha_session *session, uint32_t candidates)
 {
+    ha_slot *slot = session->slot;
     int best = __builtin_ctz(candidates), least = -1;
     if (slot->balance == HA_BALANCE_PRIMARY_FIRST) return best;
 
-    unsigned start = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed) % slot->count;
+    unsigned start = session->turn++ % slot->count;
     for (unsigned k = 0; k < slot->count; k++) {
         unsigned m = start + k < slot->count ? start + k : start + k - slot->count;
         if (!(candidates >> m & 1)) continue;
