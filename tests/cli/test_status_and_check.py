@@ -1,0 +1,122 @@
+"""`p11ha status` and `p11ha check` on real members, some of them killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from demo.members import SoftToken
+from tests.conftest import GroupFactory, ServerFactory, SoftTokenFactory
+
+P11HA = Path(sys.executable).parent / "p11ha"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([P11HA, *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture
+def east(soft_token: SoftTokenFactory) -> SoftToken:
+    return soft_token("east")
+
+
+@pytest.fixture
+def west(soft_token: SoftTokenFactory) -> SoftToken:
+    return soft_token("west")
+
+
+@pytest.mark.usefixtures("module")
+def test_status_lists_members_as_luna_does(east: SoftToken, west: SoftToken, group: GroupFactory) -> None:
+    group(east.member(), west.member())
+    shown = run("status")
+    assert shown.returncode == 0, shown.stderr
+    listing = ["HA group 1599447001 status:", f"HSM {east.serial} - CKR_OK", f"HSM {west.serial} - CKR_OK"]
+    assert shown.stdout.splitlines()[-3:] == listing
+
+
+@pytest.mark.usefixtures("module")
+def test_status_of_a_dead_member(
+    east: SoftToken, west: SoftToken, server: ServerFactory, group: GroupFactory
+) -> None:
+    dead = server(east)
+    group(dead.member(), west.member())
+    dead.kill()
+    shown = run("status", "--json")
+    assert shown.returncode == 0, shown.stderr
+    (prod,) = json.loads(shown.stdout)["groups"]
+    assert (prod["label"], prod["serial"]) == ("prod", "1599447001")
+    assert [(m["name"], m["status"]) for m in prod["members"]] == [
+        ("east", "CKR_DEVICE_ERROR"),
+        ("west", "CKR_OK"),
+    ]
+    assert prod["members"][0]["why"]
+    assert not prod["members"][1]["why"]
+
+
+@pytest.mark.usefixtures("module")
+def test_check_of_a_good_configuration(east: SoftToken, west: SoftToken, group: GroupFactory) -> None:
+    group(east.member(), west.member())
+    checked = run("check")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert [line.partition(":")[0] for line in checked.stdout.splitlines()] == ["east", "west"]
+
+
+@pytest.mark.usefixtures("module")
+def test_check_says_what_is_wrong_with_each_member(
+    east: SoftToken, west: SoftToken, server: ServerFactory, group: GroupFactory
+) -> None:
+    dead = server(west)
+    group({**east.member(), "token": "pkcs11:token=nobody"}, dead.member())
+    dead.kill()
+    checked = run("check")
+    assert checked.returncode == 1
+    lines = checked.stdout.splitlines()
+    assert lines[0] == "east: no token matches pkcs11:token=nobody"
+    assert lines[1].startswith("west: ")
+    assert len(lines) == 2
+
+
+@pytest.mark.usefixtures("module")
+def test_check_finds_one_token_configured_twice(east: SoftToken, group: GroupFactory) -> None:
+    group(east.member(), {**east.member(), "name": "west"})
+    checked = run("check")
+    assert checked.returncode == 1
+    assert checked.stdout.count("the same token as another member") == 2
+
+
+@pytest.mark.usefixtures("module")
+def test_check_finds_a_pin_file_that_others_can_read(
+    east: SoftToken, directory: Path, group: GroupFactory
+) -> None:
+    pin = directory / "pin"
+    pin.write_text(east.pin)
+    pin.chmod(0o644)
+    group(east.member(pin_source=f"file:{pin}"))
+    assert run("check").returncode == 1
+    pin.chmod(0o600)
+    assert run("check").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["status", "check"])
+@pytest.mark.usefixtures("module")
+def test_a_wrong_configuration_is_one_line(
+    command: str, directory: Path, east: SoftToken, group: GroupFactory
+) -> None:
+    conf = group(east.member()).conf
+    conf.write_text(conf.read_text().replace("[ha]", "[ha]\nnonsense = 1"))
+    line = next(n for n, text in enumerate(conf.read_text().splitlines(), 1) if "nonsense" in text)
+    refused = run(command)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{conf}:{line}: ha.nonsense: ")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_missing_configuration_is_one_line(directory: Path) -> None:
+    refused = run("check", "--config", str(directory / "none.toml"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{directory / 'none.toml'}: ")
+    assert len(refused.stderr.splitlines()) == 1
