@@ -103,9 +103,7 @@ def test_check_finds_a_pin_file_that_others_can_read(
 
 @pytest.mark.parametrize("command", ["status", "check"])
 @pytest.mark.usefixtures("module")
-def test_a_wrong_configuration_is_one_line(
-    command: str, directory: Path, east: SoftToken, group: GroupFactory
-) -> None:
+def test_a_wrong_configuration_is_one_line(command: str, east: SoftToken, group: GroupFactory) -> None:
     conf = group(east.member()).conf
     conf.write_text(conf.read_text().replace("[ha]", "[ha]\nnonsense = 1"))
     line = next(n for n, text in enumerate(conf.read_text().splitlines(), 1) if "nonsense" in text)
