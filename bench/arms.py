@@ -31,10 +31,11 @@ class Target:
     token: str
     pin: str
     env: dict[str, str]
+    options: tuple[str, ...] = ()
 
     def command(self, program: Path, *arguments: str) -> list[str]:
         whose = ["--module", str(self.module), "--token", self.token, "--pin", self.pin]
-        return [str(program), *whose, *arguments]
+        return [str(program), *whose, *self.options, *arguments]
 
 
 def bare(token: SoftToken) -> Target:

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -50,7 +50,8 @@ PAIR_OPERATIONS = ["ecdsa_p256_sign", "rsa2048_sign", "hmac_sha256_64", "aes_cbc
 COUNTED_OPERATIONS = ["getsessioninfo", "sha256_32"]
 THREADS = [1, 2, 8]
 
-BARE, PROXY, OURS, TWO_BARE = "bare", "proxy", "ours", "two bare"
+SPINNING_OPERATIONS = ["getsessioninfo", "sha256_32", "hmac_sha256_64"]
+BARE, PROXY, OURS, TWO_BARE, SPINNING = "bare", "proxy", "ours", "two bare", "spinning"
 
 # What is to be reached. A call that takes LONG_CALL_US shows by its ratio that we add next to nothing; in a shorter
 # one what we add is held against what p11-kit-proxy adds.
@@ -169,6 +170,19 @@ def show_pair(cells: Iterator[Cell]) -> list[Cell]:
     return done
 
 
+def show_spinning(cells: Iterator[Cell]) -> list[Cell]:
+    print("\nOne thread, while a Python thread spins in the core and holds the GIL. Times are µs a call.\n")
+    print(f"{'':24}{'ours':>11}{'spinning':>11}{'ratio':>9}")
+    done = []
+    for cell in cells:
+        print(f"{OPERATIONS[cell.operation]:24}", end="")
+        print("".join(figure(cell.us(arm), "11.3f") for arm in (OURS, SPINNING)), end="")
+        print(figure(cell.ratio(SPINNING, OURS), "9.2f"), flush=True)
+        show_failures(cell)
+        done.append(cell)
+    return done
+
+
 def show_instructions(program: Path, targets: Mapping[str, Target]) -> dict[str, dict[str, float]]:
     print("\nInstructions a call, the library below included (callgrind).\n")
     if not shutil.which("valgrind"):
@@ -222,6 +236,13 @@ def goals_of_pair(cells: Sequence[Cell]) -> Iterator[Goal]:
         yield Goal(f"{name}, ours/two bare", cell.ratio(OURS, TWO_BARE), PAIR_TO_TWO_BARE, at_least=True)
         if wanted := PAIR_TO_BARE.get(cell.operation):
             yield Goal(f"{name}, ours/bare", cell.ratio(OURS, BARE), wanted, at_least=True)
+
+
+def goals_of_spinning(cells: Sequence[Cell]) -> Iterator[Goal]:
+    """A call that took the GIL would wait for the switch interval of 5 ms: a thousandth of the speed."""
+    for cell in cells:
+        name = f"{OPERATIONS[cell.operation]}, with a Python thread spinning"
+        yield Goal(name, cell.ratio(SPINNING, OURS), 0.8, at_least=True)
 
 
 def goals_of_instructions(counts: Mapping[str, Mapping[str, float]]) -> Iterator[Goal]:
@@ -286,9 +307,21 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     with ExitStack() as stack:
         cells = [(operation, 2) for operation in PAIR_OPERATIONS]
         pair_cells = show_pair(take_turns(form(stack, options.program, pair), cells, seconds, rounds))
+    quiet = group(options.module, [east], directory / "quiet")
+    spinning = {OURS: [quiet], SPINNING: [replace(quiet, options=("--spin-python",))]}
+    with ExitStack() as stack:
+        cells = [(operation, 1) for operation in SPINNING_OPERATIONS]
+        spinning_cells = show_spinning(
+            take_turns(form(stack, options.program, spinning), cells, seconds, rounds)
+        )
     counts = show_instructions(options.program, {name: targets[0] for name, targets in one.items()})
 
-    goals = [*goals_of_one(one_cells), *goals_of_pair(pair_cells), *goals_of_instructions(counts)]
+    goals = [
+        *goals_of_one(one_cells),
+        *goals_of_pair(pair_cells),
+        *goals_of_spinning(spinning_cells),
+        *goals_of_instructions(counts),
+    ]
     print("\nGoals\n")
     print(*goals, sep="\n")
     count = Counter(goal.met for goal in goals)
@@ -298,6 +331,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, object]:
         "seconds": seconds,
         "group_of_one": [vars(cell) for cell in one_cells],
         "group_of_two": [vars(cell) for cell in pair_cells],
+        "spinning": [vars(cell) for cell in spinning_cells],
         "instructions": counts,
         "goals": [vars(goal) | {"met": goal.met} for goal in goals],
     }

@@ -399,6 +399,23 @@ static void load(const char *path)
     must(app.p11->C_Initialize(&arguments), "C_Initialize");
 }
 
+/* A Python thread that never stops, in the interpreter that the module has started: it holds the GIL whenever
+ * nobody else asks for it, so a call that needed the GIL would have to wait for it. */
+static void spin_python(void)
+{
+    int (*ensure)(void), (*run)(const char *);
+    void (*release)(int);
+    *(void **)&ensure = dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
+    *(void **)&run = dlsym(RTLD_DEFAULT, "PyRun_SimpleString");
+    *(void **)&release = dlsym(RTLD_DEFAULT, "PyGILState_Release");
+    if (!ensure || !run || !release) give_up("the module has started no Python");
+    int state = ensure();
+    int failed = run("def spin():\n    while True: pass\n"
+                     "import threading\nthreading.Thread(target=spin, daemon=True).start()\n");
+    release(state);
+    if (failed) give_up("the Python thread does not start");
+}
+
 static void choose_slot(const char *label)
 {
     CK_SLOT_ID slots[64];
@@ -425,6 +442,7 @@ static void help(void)
          "  --seconds S   time that is measured (1)\n"
          "  --warmup S    time before it that is not (0.02)\n"
          "  --count N     N calls a thread, however long they take\n"
+         "  --spin-python a Python thread spins in the module's interpreter meanwhile\n"
          "operations; - reads lines `OP THREADS SECONDS` from standard input:");
     for (unsigned i = 0; i < OPS; i++) printf("  %-16s %s\n", ops[i].name, ops[i].what);
     puts("exit status: 0 good, 1 an operation failed, 2 could not start");
@@ -446,14 +464,20 @@ static bool run_requests(void)
 int main(int count, char **arguments)
 {
     static const struct option options[] = {
-        {"module", required_argument, NULL, 'm'},  {"token", required_argument, NULL, 't'},
-        {"pin", required_argument, NULL, 'p'},     {"provision", no_argument, NULL, 'P'},
-        {"threads", required_argument, NULL, 'n'}, {"seconds", required_argument, NULL, 's'},
-        {"warmup", required_argument, NULL, 'w'},  {"count", required_argument, NULL, 'c'},
-        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0},
+        {"module", required_argument, NULL, 'm'},
+        {"token", required_argument, NULL, 't'},
+        {"pin", required_argument, NULL, 'p'},
+        {"provision", no_argument, NULL, 'P'},
+        {"threads", required_argument, NULL, 'n'},
+        {"seconds", required_argument, NULL, 's'},
+        {"warmup", required_argument, NULL, 'w'},
+        {"count", required_argument, NULL, 'c'},
+        {"help", no_argument, NULL, 'h'},
+        {"spin-python", no_argument, NULL, 'S'},
+        {NULL, 0, NULL, 0},
     };
     const char *module = NULL, *token = NULL;
-    bool provisioning = false, good = true;
+    bool provisioning = false, spinning = false, good = true;
     unsigned threads = 1;
     double seconds = 1;
 
@@ -466,6 +490,7 @@ int main(int count, char **arguments)
         case 's': seconds = strtod(optarg, NULL); break;
         case 'w': app.warmup_s = strtod(optarg, NULL); break;
         case 'c': app.count = strtoull(optarg, NULL, 10); break;
+        case 'S': spinning = true; break;
         case 'h': help(); return 0;
         default: return 2;
         }
@@ -476,6 +501,7 @@ int main(int count, char **arguments)
     CK_SESSION_HANDLE session; /* stays open, so that the login outlives the threads' sessions */
     must(open_session(&session), "opening a session");
     if (provisioning) provision(session);
+    if (spinning) spin_python();
     for (int i = optind; i < count; i++)
         good &= strcmp(arguments[i], "-") == 0 ? run_requests() : run(op_named(arguments[i]), threads, seconds);
     app.p11->C_CloseSession(session);
