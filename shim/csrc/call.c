@@ -41,6 +41,14 @@ static __attribute__((noinline)) bool refuse(ha_call *call, CK_RV rv)
     return finish(call, rv);
 }
 
+static __attribute__((noinline)) CK_RV check_objects(const ha_call *call, const struct ha_row *row)
+{
+    for (unsigned i = 0; i < call->objects; i++)
+        if (!ha_object_valid(call->object[i], call->slot) && !(row->optional_objects && !call->object[i]))
+            return row->bad_object[i];
+    return CKR_OK;
+}
+
 /* Locks the session and settles what needs no member. False: call->rv is the answer and no session is held. */
 bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
 {
@@ -57,9 +65,7 @@ bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
         rv = !call->mechanism ? CKR_ARGUMENTS_BAD : session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
     else if ((session->active & row->ops) != row->ops)
         rv = CKR_OPERATION_NOT_INITIALIZED;
-    for (unsigned i = 0; rv == CKR_OK && i < call->objects; i++)
-        if (!ha_object_valid(call->object[i], session->slot) && !(row->optional_objects && !call->object[i]))
-            rv = row->bad_object[i];
+    if (rv == CKR_OK && call->objects) rv = check_objects(call, row);
     if (rv == CKR_OK && call->mechanism && call->mechanism->pParameter) rv = ha_mechanism_objects(call);
     return rv == CKR_OK ? true : refuse(call, rv);
 }
@@ -71,10 +77,11 @@ static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
     return finish(call, rv);
 }
 
-/* An operation binds its session's calls to its member, but for those that are meant for a certain one. */
+/* An operation binds its session's calls to its member, but for those that are meant for a certain one, and those on
+ * other objects, which may not be there. */
 static bool is_bound(const ha_call *call)
 {
-    return call->session->active && !call->alone;
+    return call->session->active && !call->alone && (ha_rows[call->row].ops || !call->objects);
 }
 
 static bool bound_to_lost_member(const ha_call *call)
@@ -121,6 +128,15 @@ static uint32_t without_operation_keys(const ha_session *session, uint32_t candi
     return candidates;
 }
 
+/* What is made stands together, for a call can use only what one member has: a session's objects beside each other (and
+ * beside the digest that may take such a key), those of the token on the first member. */
+static int choose(const ha_call *call, uint32_t may)
+{
+    const struct ha_row *row = &ha_rows[call->row];
+    if (row->gathers && !call->creates_token && may & call->session->owns) may &= call->session->owns;
+    return ha_slot_choose(call->session, may, row->primary || call->creates_token);
+}
+
 static void repeat_operations(ha_call *call);
 
 /* The usual way: a first choice, every handle known, the session open there. False: nothing was done. */
@@ -129,13 +145,13 @@ static inline bool route_at_once(ha_call *call)
     const ha_session *session = call->session;
     const ha_slot *slot = call->slot;
     if (call->tried || call->translate) return false;
-    if (session->active) {
+    if (is_bound(call)) {
         call->member = session->member;
     } else {
         uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
         if (call->objects) may = without_absent(call, may);
         if (!may) return false;
-        call->member = ha_slot_choose(call->session, may, ha_rows[call->row].primary);
+        call->member = choose(call, may);
     }
     ha_member *target = slot->member[call->member];
     call->epoch = atomic_load_explicit(&target->epoch, memory_order_acquire);
@@ -162,11 +178,17 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
         }
         if (is_bound(call) && !move) {
             call->member = session->member;
+            if (call->objects && !without_absent(call, 1U << call->member)) {
+                if (!ha_session_may_move(session)) return finish(call, CKR_KEY_HANDLE_INVALID);
+                if (!(session->owns >> call->member & 1)) ha_session_drop(session, call->member);
+                call->tried |= 1U << call->member; /* the operation goes where its key is */
+                continue;
+            }
         } else {
             uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;
             if (call->objects) may = without_absent(call, may);
             if (move) may = without_operation_keys(session, may);
-            call->member = may ? ha_slot_choose(session, may, ha_rows[call->row].primary) : -1;
+            call->member = may ? choose(call, may) : -1;
             if (call->member < 0) {
                 if (ask_core(call, ha_core.no_member)) continue;
                 return false;
@@ -320,6 +342,16 @@ void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG co
             call->creates_token = 1;
 }
 
+/* Keeps an Init, so that it can be repeated on another member. */
+static inline void keep(struct ha_operation *operation, const ha_call *call, const struct ha_row *row)
+{
+    ha_operation_forget(operation);
+    operation->key = row->bad_object[0] ? call->object[0] : CK_INVALID_HANDLE;
+    operation->mechanism = *call->mechanism;
+    operation->kept = !operation->mechanism.pParameter || !operation->mechanism.ulParameterLen;
+    if (!operation->kept) ha_mechanism_keep(operation);
+}
+
 /* What the answer does to the session's operations (PKCS#11 5.2), then unlocks it. */
 CK_RV ha_call_end(ha_call *call)
 {
@@ -334,9 +366,7 @@ CK_RV ha_call_end(ha_call *call)
             if (!session->active) session->member = call->member;
             session->active |= row->ops;
             session->fresh |= row->ops;
-            if (row->keep)
-                ha_mechanism_keep(&session->operation[__builtin_ctz(row->ops)], call->mechanism,
-                                  row->bad_object[0] ? call->object[0] : 0);
+            if (row->keep) keep(&session->operation[__builtin_ctz(row->ops)], call, row);
             break;
         case HA_PHASE_UPDATE:
             session->fresh &= ~row->ops;

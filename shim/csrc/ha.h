@@ -242,7 +242,7 @@ struct ha_parameter { /* layout of one mechanism parameter structure, generated;
     size_t made_pointer, made_handle[4];
 };
 const struct ha_parameter *ha_parameter_of(CK_MECHANISM_TYPE type); /* generated; NULL: not in the table */
-void ha_mechanism_keep(struct ha_operation *operation, const CK_MECHANISM *mechanism, CK_OBJECT_HANDLE key);
+void ha_mechanism_keep(struct ha_operation *operation);
 void ha_operation_wipe(struct ha_operation *operation);
 static inline void ha_operation_forget(struct ha_operation *operation)
 {

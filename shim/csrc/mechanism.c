@@ -36,16 +36,10 @@ static void *get_pointer(const char *structure, size_t offset)
     return value;
 }
 
-/* Keeps an Init for a repetition; operation->kept stays false where the parameter's layout is not known. */
-void ha_mechanism_keep(struct ha_operation *operation, const CK_MECHANISM *mechanism, CK_OBJECT_HANDLE key)
+/* Keeps the parameter of an Init; operation->kept stays false where its layout is not known. */
+__attribute__((noinline)) void ha_mechanism_keep(struct ha_operation *operation)
 {
-    ha_operation_forget(operation);
-    operation->key = key;
-    operation->mechanism = *mechanism;
-    if (!mechanism->pParameter || !mechanism->ulParameterLen) {
-        operation->kept = true;
-        return;
-    }
+    const CK_MECHANISM *mechanism = &operation->mechanism;
     const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
     if (!layout || !layout->kept || (layout->size && layout->size != mechanism->ulParameterLen)) return;
 

@@ -107,6 +107,17 @@ static PyStatus append_path(PyConfig *config, const char *path)
     return status;
 }
 
+/* The first import of `signal` lets Python handle SIGINT, whatever the configuration says, and Ctrl-C would no
+ * longer end the application: it is imported here, and the application's handling put back. */
+static void import_signal(void)
+{
+    struct sigaction interrupt;
+    sigaction(SIGINT, NULL, &interrupt);
+    Py_XDECREF(PyImport_ImportModule("_signal"));
+    PyErr_Clear();
+    sigaction(SIGINT, &interrupt, NULL);
+}
+
 static const char *const paths[] = {HA_PATHS};
 
 static bool start_interpreter(char *error, size_t error_size)
@@ -139,6 +150,7 @@ static bool start_interpreter(char *error, size_t error_size)
         snprintf(error, error_size, "Python does not start: %s", status.err_msg ? status.err_msg : "no reason given");
         return false;
     }
+    import_signal();
     PyEval_SaveThread();
     atomic_store(&interpreter_is_ours, true);
     return true;

@@ -464,6 +464,16 @@ def load(path: str, profiles: Sequence[str] = PROFILES) -> Config:
     return config
 
 
+def log_of(path: str) -> str:
+    """Where a configuration that cannot be used wants its log, as far as that can be told; else the default."""
+    default = str(next(o.default for o in OPTIONS if (o.section, o.name) == ("ha", "log")))
+    with suppress(ConfigError, ValueError, AttributeError):
+        wanted = _toml(_read(path), path).get("ha", {}).get("log")
+        if isinstance(wanted, str):
+            return _log_spec(wanted)
+    return default
+
+
 def _read(path: str) -> str:
     try:
         with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:

@@ -76,6 +76,7 @@ def test_adding_agrees_with_openssl(name: str) -> None:
         assert curve.add(left, right) == public_point(name, (k + m) % curve.n)
         assert curve.add(left, curve.negate(left)) is None
         assert curve.add(left, None) == left == curve.add(None, left)
+        assert curve.add(None, None) is curve.negate(None) is None
     assert curve.multiply(-1, curve.g) == curve.negate(curve.g)
 
 
@@ -107,6 +108,7 @@ def test_what_is_no_point_is_none(name: str) -> None:
         plain + b"\0",
         plain[:-1] + wrong,  # not on the curve
         b"\5" + plain[1:],
+        b"\5" + plain[1 : curve.size + 1],
         bytes([7 - (plain[-1] & 1)]) + plain[1:],  # hybrid, with the sign of the other point
         b"\2" + b"\xff" * curve.size,  # x is not below p
         b"\4" + b"\xff" * 2 * curve.size,
@@ -114,8 +116,23 @@ def test_what_is_no_point_is_none(name: str) -> None:
     ):
         assert curve.decode(data) is None, data.hex()
         assert curves.canonical_point(curve.oid, data) is None
+        assert curves.canonical_point(curve.oid, tlv(der.OCTET_STRING, data)) is None
+    for y in (curve.lift(0, odd=True), curve.lift(0, odd=False)):
+        if y is not None:  # then p in the place of 0 would do as well
+            at_p = curve.p.to_bytes(curve.size, "big")
+            assert curve.decode(bytes([2 | y[1] & 1]) + at_p) is None
+            assert curve.decode(b"\4" + at_p + y[1].to_bytes(curve.size, "big")) is None
     barren = next(x for x in range(100) if not _is_square(x**3 + curve.a * x + curve.b, curve.p))
     assert curve.lift(barren, odd=False) is curve.lift(barren, odd=True) is None
+
+
+def test_a_coordinate_has_all_its_bytes() -> None:
+    curve = known("secp521r1")
+    point = curve.negate(curve.g)
+    assert point is not None
+    plain = curve.encode(point)
+    assert plain[curve.size + 1] == 0
+    assert curve.decode(plain[: curve.size + 1] + plain[curve.size + 2 :]) is None
 
 
 def _is_square(value: int, p: int) -> bool:
@@ -137,7 +154,10 @@ def test_coordinate_is_below_the_prime() -> None:
     ("spellings", "one"),
     [
         *(([printable(name)], oid(NAMED[name][0].dotted_string)) for name in NAMED),
+        ([printable("P-224")], oid("1.3.132.0.33")),
         ([printable("prime256v1"), printable("P-256")], oid("1.2.840.10045.3.1.7")),
+        ([printable("P-384")], oid("1.3.132.0.34")),
+        ([printable("P-521")], oid("1.3.132.0.35")),
         ([printable("edwards25519"), oid("1.3.6.1.4.1.11591.15.1")], curves.ED25519),
         ([printable("edwards448")], curves.ED448),
         ([printable("curve25519"), oid("1.3.6.1.4.1.3029.1.5.1")], curves.X25519),
@@ -156,16 +176,20 @@ def test_edwards_and_montgomery_names() -> None:
     assert [oid("1.3.101.110"), oid("1.3.101.111")] == [curves.X25519, curves.X448]
 
 
-@pytest.mark.parametrize("params", [b"", b"\5\0", b"\6", b"\6\3\1\2", oid("1.3.132.0.34") + b"\0"])
+@pytest.mark.parametrize(
+    "params", [b"", b"\5\0", b"\6", b"\6\3\1\2", oid("1.3.132.0.34") + b"\0", 2 * oid("1.3.132.0.34")]
+)
 def test_what_names_no_curve(params: bytes) -> None:
     assert curves.canonical(params) is None
     assert curves.find(params) is None
     assert curves.canonical_point(params, b"\4" + bytes(64)) is None
 
 
-@pytest.mark.parametrize("params", curves.BYTES_OF_KEY)
-def test_spellings_of_an_edwards_point(params: bytes) -> None:
-    key = bytes(range(curves.BYTES_OF_KEY[params]))
+@pytest.mark.parametrize(
+    ("params", "size"), [(curves.ED25519, 32), (curves.ED448, 57), (curves.X25519, 32), (curves.X448, 56)]
+)
+def test_spellings_of_an_edwards_point(params: bytes, size: int) -> None:
+    key = bytes(range(size))
     for spelling in (key, tlv(der.OCTET_STRING, key), tlv(der.BIT_STRING, b"\0" + key)):
         assert curves.canonical_point(params, spelling) == key
     assert curves.canonical_point(params, key + b"\0") is None
@@ -205,3 +229,18 @@ def test_any_bytes_are_a_row_or_none(data: bytes) -> None:
 )
 def test_broken_elements(data: str) -> None:
     assert der.row(bytes.fromhex(data)) is None
+
+
+@pytest.mark.parametrize("length", ["80", "ff"])
+def test_open_and_reserved_lengths(length: str) -> None:
+    """X.690, sections 8.1.3.5 and 8.1.3.6: no number, however many bytes follow."""
+    assert der.row(bytes.fromhex("04" + length) + bytes(127)) is None
+    assert der.row(bytes.fromhex("04" + length) + bytes(128)) is None
+
+
+def test_element_is_the_one_asked_for() -> None:
+    one = tlv(der.OCTET_STRING, b"x")
+    assert der.element(one, der.OCTET_STRING) == b"x"
+    assert der.element(one, der.BIT_STRING) is None
+    assert der.element(one + one, der.OCTET_STRING) is None
+    assert der.element(b"", der.OCTET_STRING) is None

@@ -144,8 +144,11 @@ def test_no_secret_is_asked_for(object_class: int) -> None:
 
 def test_what_is_asked_for() -> None:
     def more(object_class: int, key_type: int | None = None) -> set[int]:
-        common = {ck.CKA_CLASS, ck.CKA_TOKEN, ck.CKA_PRIVATE, ck.CKA_LABEL, ck.CKA_KEY_TYPE, ck.CKA_ID}
-        return set(attributes_to_read(object_class, key_type)) - common
+        asked = set(attributes_to_read(object_class, key_type))
+        common = {ck.CKA_CLASS, ck.CKA_TOKEN, ck.CKA_PRIVATE, ck.CKA_LABEL}
+        common_to_keys = {ck.CKA_KEY_TYPE, ck.CKA_ID} if key_type is not None else set()
+        assert asked >= common | common_to_keys
+        return asked - common - common_to_keys
 
     spki = ck.CKA_PUBLIC_KEY_INFO
     assert more(ck.CKO_PRIVATE_KEY, ck.CKK_RSA) == {spki, ck.CKA_MODULUS, ck.CKA_PUBLIC_EXPONENT}
@@ -156,10 +159,16 @@ def test_what_is_asked_for() -> None:
     assert more(ck.CKO_PUBLIC_KEY, ck.CKK_DSA) == {spki, ck.CKA_VALUE} | dsa_group
     assert more(ck.CKO_PRIVATE_KEY, ck.CKK_ML_DSA) == {spki, ck.CKA_PARAMETER_SET}
     assert more(ck.CKO_SECRET_KEY, ck.CKK_AES) == {ck.CKA_CHECK_VALUE, ck.CKA_VALUE_LEN}
+    assert more(ck.CKO_OTP_KEY, ck.CKK_HOTP) == {ck.CKA_CHECK_VALUE, ck.CKA_VALUE_LEN}
     assert more(ck.CKO_DATA) == {ck.CKA_APPLICATION, ck.CKA_OBJECT_ID, ck.CKA_VALUE}
-    assert more(ck.CKO_CERTIFICATE) >= {ck.CKA_CERTIFICATE_TYPE, ck.CKA_VALUE, ck.CKA_SERIAL_NUMBER}
+    assert more(ck.CKO_CERTIFICATE) >= {
+        ck.CKA_CERTIFICATE_TYPE,
+        ck.CKA_ID,
+        ck.CKA_VALUE,
+        ck.CKA_SERIAL_NUMBER,
+    }
     assert more(ck.CKO_PROFILE) == set()
-    assert more(ck.CKO_PRIVATE_KEY) == {spki}
+    assert more(ck.CKO_PRIVATE_KEY) == {spki, ck.CKA_KEY_TYPE, ck.CKA_ID}
 
 
 @pytest.mark.parametrize("object_class", [ck.CKO_PRIVATE_KEY, ck.CKO_SECRET_KEY, ck.CKO_OTP_KEY])
@@ -227,6 +236,13 @@ SPELLINGS: dict[str, tuple[int, list[dict[str, bytes]]]] = {
             {"PUBLIC_KEY_INFO": info(DSA_KEY)},
         ],
     ),
+    "DH": (
+        ck.CKK_DH,
+        [
+            {"PRIME": b"\7\7", "BASE": b"\2", "VALUE": b"\3"},
+            {"PRIME": b"\0\7\7", "BASE": b"\0\2", "VALUE": b"\0\0\3"},
+        ],
+    ),
     "ML-DSA": (
         ck.CKK_ML_DSA,
         [
@@ -272,6 +288,61 @@ def test_every_part_of_a_key_counts(name: str) -> None:
         assert missing.fingerprint is None
         empty = public(key_type, **shown | {part: b""})
         assert empty.fingerprint is None
+
+
+def test_a_key_of_unknown_type_has_no_fingerprint() -> None:
+    shown = {"VALUE": b"v", "MODULUS": b"n", "EC_PARAMS": P256, "EC_POINT": point(EC)}
+    for identity in (public(ck.CKK_KEA, **shown), private(0x80000001, **shown)):
+        assert identity.fingerprint is None
+        assert compare(identity, identity) is Match.UNPROVEN
+    assert identify(an_object(ck.CKO_DOMAIN_PARAMETERS, ck.CKK_KEA, **shown)).fingerprint is None
+
+
+@pytest.mark.parametrize("last", [7, 10])  # id-RSAES-OAEP and id-RSASSA-PSS, RFC 8017 appendix C
+def test_an_rsa_key_for_one_use_is_an_rsa_key(last: int) -> None:
+    plain = info(RSA)
+    rsa_oid = bytes.fromhex("06092a864886f70d010101")
+    assert plain.count(rsa_oid) == 1
+    bound = plain.replace(rsa_oid, rsa_oid[:-1] + bytes([last]))
+    assert public(ck.CKK_RSA, PUBLIC_KEY_INFO=bound).fingerprint == SHARED_ID_RSA.fingerprint
+
+
+def _rsa_info(key: bytes, tag: int = der.BIT_STRING, after: bytes = b"") -> bytes:
+    algorithm = tlv(der.SEQUENCE, bytes.fromhex("06092a864886f70d0101010500"))
+    return tlv(der.SEQUENCE, algorithm + tlv(tag, b"\0" + key) + after)
+
+
+def test_what_is_no_key_info_shows_no_key() -> None:
+    n, e = tlv(der.INTEGER, RSA_N), tlv(der.INTEGER, RSA_E)
+    key = tlv(der.SEQUENCE, n + e)
+    assert public(ck.CKK_RSA, PUBLIC_KEY_INFO=_rsa_info(key)).fingerprint == SHARED_ID_RSA.fingerprint
+    for broken in (
+        _rsa_info(key, tag=der.OCTET_STRING),
+        _rsa_info(key, after=e),
+        _rsa_info(tlv(der.SEQUENCE, n)),
+        _rsa_info(tlv(der.SEQUENCE, n + e + e)),
+        _rsa_info(tlv(der.SEQUENCE, n + tlv(der.OCTET_STRING, RSA_E))),
+        _rsa_info(n + e),
+        _rsa_info(key)[:-1],
+    ):
+        assert public(ck.CKK_RSA, PUBLIC_KEY_INFO=broken).fingerprint is None
+        assert (
+            public(ck.CKK_RSA, MODULUS=RSA_N, PUBLIC_EXPONENT=RSA_E, PUBLIC_KEY_INFO=broken) == SHARED_ID_RSA
+        )
+
+
+def test_a_short_certificate_shows_no_key() -> None:
+    fields = b"".join(tlv(der.INTEGER, b"\1") for _ in range(5))
+    for inner in (b"", fields, tlv(der.CONTEXT_0, b"") + fields):
+        identity = certificate(VALUE=tlv(der.SEQUENCE, tlv(der.SEQUENCE, inner)))
+        assert identity.fingerprint is not None
+        assert identity.public is None
+
+
+def test_half_a_key_info_does_no_harm() -> None:
+    bogus = info(EC)[:-1] + bytes([info(EC)[-1] ^ 1])  # the curve is right, the point is none
+    assert public(ck.CKK_EC, EC_PARAMS=P256, EC_POINT=point(EC), PUBLIC_KEY_INFO=bogus) == EC_PUBLIC
+    assert public(ck.CKK_EC, PUBLIC_KEY_INFO=bogus).ec_params == P256
 
 
 def test_the_key_type_counts() -> None:
@@ -371,6 +442,8 @@ def test_no_fingerprint_in_logs() -> None:
     assert identity.fingerprint.hex() not in repr(identity)
     assert repr(identity.fingerprint)[2:-1] not in repr(identity)
     assert repr(identity) == "<data id= label=b'k' fingerprint shown>"
+    assert repr(EC_PRIVATE) == "<private key id=01 label=b'k' fingerprint not shown>"
+    assert repr(complete([EC_PRIVATE, EC_PUBLIC])[0]) == "<private key id=01 label=b'k' fingerprint borrowed>"
 
 
 # ---- names
@@ -407,7 +480,8 @@ def test_private_is_no_part_of_the_name() -> None:
 def test_defaults() -> None:
     bare = identify({ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_KEY_TYPE: ulong(ck.CKK_AES)})
     assert (bare.token, bare.private, bare.name.id, bare.name.label) == (False, True, b"", b"")
-    assert not identify({ck.CKA_CLASS: ulong(ck.CKO_PUBLIC_KEY)}).private
+    hidden = {c for c in CLASSES.values() if identify({ck.CKA_CLASS: ulong(c)}).private}
+    assert hidden == {ck.CKO_PRIVATE_KEY, ck.CKO_SECRET_KEY, ck.CKO_OTP_KEY}
     assert identify(an_object(ck.CKO_DATA, PRIVATE=b"\xff")).private
 
 
@@ -418,6 +492,7 @@ def test_defaults() -> None:
         {ck.CKA_CLASS: b""},
         {ck.CKA_CLASS: b"\4\0\0\0"},
         {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY)},
+        {ck.CKA_CLASS: ulong(ck.CKO_OTP_KEY)},
         {ck.CKA_CLASS: ulong(ck.CKO_PUBLIC_KEY), ck.CKA_KEY_TYPE: b"\0"},
     ],
 )
@@ -511,6 +586,8 @@ def test_borrowed(others: list[Identity]) -> None:
     "others",
     [
         [],
+        [public(ck.CKK_EC, EC_PARAMS=P256)],
+        [certificate(VALUE=b"not readable")],
         [OTHER_EC_PUBLIC, EC_PUBLIC],
         [OTHER_EC_PUBLIC, EC_CERTIFICATE],
         [SHARED_ID_RSA],
@@ -529,6 +606,14 @@ def test_borrowed(others: list[Identity]) -> None:
 def test_not_borrowed(others: list[Identity]) -> None:
     for objects in ([EC_PRIVATE, *others], [*others, EC_PRIVATE]):
         assert complete(objects) == objects
+
+
+def test_only_private_keys_borrow() -> None:
+    """The number of RSA as a key type is that of X.509 as a certificate type."""
+    shown = {"MODULUS": RSA_N, "PUBLIC_EXPONENT": RSA_E}
+    objects = [certificate(PUBLIC_KEY_INFO=info(RSA)), SHARED_ID_RSA, private(ck.CKK_RSA, **shown)]
+    assert objects[0].fingerprint is None
+    assert complete(objects) == objects
 
 
 def test_no_id_links_nothing() -> None:

@@ -19,6 +19,7 @@ A = replace(KEY, fingerprint=b"a")
 B = replace(KEY, fingerprint=b"b")
 BORROWED_A = replace(A, borrowed=True)
 UNKNOWN = replace(KEY, name=KEY.name._replace(type=None))
+NOBODY_A = replace(UNKNOWN, fingerprint=b"a")
 
 
 def checked(value: bytes) -> Identity:
@@ -80,6 +81,7 @@ def result(
         ([KEY, A], [X, Y], result(ambiguous=[([0, 1], "ab")])),
         ([X, KEY], [X], result(ambiguous=[([0, 1], "a")])),
         ([UNKNOWN], [UNKNOWN], result(only_ours=[0], only_theirs="a")),
+        ([NOBODY_A], [NOBODY_A], result(only_ours=[0], only_theirs="a")),
         ([replace(A, token=False)], [A], result(only_ours=[0], only_theirs="a")),
         (
             [replace(KEY, name=KEY.name._replace(label=label)) for label in (b"2", b"1")],
@@ -136,6 +138,7 @@ def test_nothing_is_paired_against_the_evidence(ours: list[Identity], theirs: li
     got = run(ours, theirs)
     for i, them in got.same:
         one, other = ours[i], at(theirs, them)
+        assert compare(one, other) is Match.SAME
         assert one.name == other.name
         assert one.fingerprint == other.fingerprint is not None
         assert not one.borrowed

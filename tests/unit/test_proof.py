@@ -160,6 +160,16 @@ def test_what_is_no_signature_recovers_nothing(name: str) -> None:
     assert len(recover_public_keys(curve, hashed, good)) == 2
 
 
+def test_infinity_is_no_key() -> None:
+    curve, nonce, hashed = find("secp256r1"), 12345, sha256(b"x").digest()
+    point = curve.multiply(nonce, curve.g)
+    assert point is not None
+    s = int.from_bytes(hashed, "big") * pow(nonce, -1, curve.n) % curve.n  # a signature by the secret 0
+    found = recover_public_keys(curve, hashed, plain(curve, point[0] % curve.n, s))
+    assert len(found) == 1
+    assert None not in found
+
+
 # ---- plans
 
 
@@ -168,6 +178,7 @@ def planned(proof: Proof | None) -> tuple[Operation, int] | None:
 
 
 ECDSA = (Operation.SIGN, ck.CKM_ECDSA)
+P256 = bytes.fromhex(CURVES["secp256r1"][1])
 
 
 @pytest.mark.parametrize(
@@ -218,6 +229,11 @@ ECDSA = (Operation.SIGN, ck.CKM_ECDSA)
         ),
         (ck.CKO_PRIVATE_KEY, ck.CKK_EC_EDWARDS, {"ec_params": curves.ED448}, (Operation.SIGN, ck.CKM_EDDSA)),
         (ck.CKO_PRIVATE_KEY, ck.CKK_EC_EDWARDS, {}, None),
+        (ck.CKO_PRIVATE_KEY, ck.CKK_EC_EDWARDS, {"ec_params": P256}, None),
+        (ck.CKO_PRIVATE_KEY, ck.CKK_EC_EDWARDS, {"ec_params": curves.X25519}, None),
+        (ck.CKO_PRIVATE_KEY, ck.CKK_EC_MONTGOMERY, {"ec_params": curves.ED25519}, None),
+        (ck.CKO_PRIVATE_KEY, ck.CKK_EC_MONTGOMERY, {"ec_params": P256}, None),
+        (ck.CKO_PRIVATE_KEY, ck.CKK_EC, {"ec_params": curves.ED25519}, None),
         (ck.CKO_PRIVATE_KEY, ck.CKK_EC_MONTGOMERY, {"ec_params": curves.X25519}, None),
         (ck.CKO_PRIVATE_KEY, ck.CKK_ML_DSA, {}, None),
         (ck.CKO_PRIVATE_KEY, ck.CKK_DSA, {}, None),

@@ -4,6 +4,7 @@ Everything here is public (curve constants, public keys, signatures), so nothing
 Never give it a private key.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pkcs11_ha.core import der
@@ -59,7 +60,7 @@ class Curve:
     def lift(self, x: int, *, odd: bool) -> Point | None:
         """The point with this x whose y is odd or even; None where the curve has no point at x."""
         y = _square_root(self._right(x), self.p) if x < self.p else None
-        if y is None or (y == 0 and odd):
+        if y is None:
             return None
         return (x, y) if y % 2 == odd else (x, self.p - y)
 
@@ -97,8 +98,6 @@ class Curve:
     def _double(self, point: _Jacobian) -> _Jacobian:
         x, y, z = point
         p = self.p
-        if y == 0 or z == 0:
-            return _INFINITY
         square = y * y % p
         s = 4 * x * square % p
         z2 = z * z % p
@@ -123,13 +122,13 @@ class Curve:
 
 
 def _square_root(square: int, p: int) -> int | None:
-    """A root modulo the odd prime p, None where there is none (Tonelli and Shanks; Cohen, algorithm 1.5.1).
+    """A root other than 0 modulo the odd prime p, None where there is none (Tonelli and Shanks).
+
+    A curve of odd order has no point whose y is 0.
 
     The loop is there for P-224, whose p is 1 modulo 2⁹⁶. The other curves have a p that is 3 modulo 4, and it
     never runs.
     """
-    if square % p == 0:
-        return 0
     if pow(square, (p - 1) // 2, p) != 1:
         return None
     odd, twos = p - 1, 0
@@ -260,7 +259,7 @@ X25519, X448 = bytes.fromhex("06032b656e"), bytes.fromhex("06032b656f")
 BYTES_OF_KEY = {ED25519: 32, ED448: 57, X25519: 32, X448: 56}
 """Bytes of a public key on the curves whose points are plain strings of bytes (RFC 8032, RFC 7748)."""
 
-_BY_OID = {curve.oid: curve for curve in _CURVES.values()}
+_BY_OID: Mapping[bytes | None, Curve] = {curve.oid: curve for curve in _CURVES.values()}
 
 _SPELLINGS = {
     **{bytes([der.PRINTABLE_STRING, len(name), *name.encode()]): c.oid for name, c in _CURVES.items()},
@@ -287,7 +286,7 @@ def canonical(ec_params: bytes) -> bytes | None:
 
 def find(ec_params: bytes) -> Curve | None:
     """The curve that CKA_EC_PARAMS names, in any spelling; None where its points cannot be added here."""
-    return _BY_OID.get(canonical(ec_params) or b"")
+    return _BY_OID.get(canonical(ec_params))
 
 
 def canonical_point(ec_params: bytes, point: bytes) -> bytes | None:
@@ -312,4 +311,4 @@ def canonical_point(ec_params: bytes, point: bytes) -> bytes | None:
 
 
 def _looks_like_point(data: bytes) -> bool:
-    return data[0] in (2, 3) or (data[0] in (4, 6, 7) and len(data) % 2 == 1)
+    return data[0] in (2, 3) or (data[0] == 4 and len(data) % 2 == 1)

@@ -57,7 +57,7 @@ def _kind(object_class: int | None) -> Kind:
     return _KINDS.get(object_class, Kind.OTHER)
 
 
-def attributes_to_read(object_class: int, key_type: int | None = None) -> tuple[int, ...]:
+def attributes_to_read(object_class: int | None, key_type: int | None = None) -> tuple[int, ...]:
     """What to ask a member for, to tell an object of this class and key type (None: not known) from others.
 
     Never what can be secret: CKA_VALUE only of certificates and public keys, which are public, and of data
@@ -107,7 +107,7 @@ class Identity:
     borrowed: bool = False
     """The fingerprint is that of a public object with the same CKA_ID, and nobody checked that it fits."""
     hints: Hints = ()
-    """Where there is no fingerprint: what can still prove that two objects differ."""
+    """What can still prove that two objects differ where one of them has no fingerprint."""
     public: PublicKey | None = None
     """The public key that a public key object or certificate shows; None where it cannot be read."""
 
@@ -143,7 +143,7 @@ def identify(attributes: Attributes) -> Identity:
     kind = _kind(object_class)
     has_key_type = kind in (*_KEYS, Kind.DOMAIN_PARAMETERS)
     key_type = _ulong(attributes, ck.CKA_KEY_TYPE) if has_key_type else None
-    readable = _COMMON if object_class is None else attributes_to_read(object_class, key_type)
+    readable = attributes_to_read(object_class, key_type)
     given = {number: attributes[number] for number in readable if number in attributes}
     nobody = Identity(
         name=Name(
@@ -230,7 +230,7 @@ def complete(objects: Sequence[Identity]) -> list[Identity]:
 
 def _with_public(key: Identity, namesakes: Sequence[Identity]) -> Identity:
     """`namesakes`: all objects with the key's CKA_ID, the key among them."""
-    if key.kind is not Kind.PRIVATE_KEY or key.fingerprint is not None or not key.is_known or not key.name.id:
+    if key.kind is not Kind.PRIVATE_KEY or key.fingerprint is not None or not key.name.id:
         return key
     candidates = [
         other

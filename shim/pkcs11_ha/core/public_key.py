@@ -19,7 +19,7 @@ class PublicKey(NamedTuple):
 
     key_type: int
     hints: Hints
-    """What is known even where the key is not shown whole: its parameters, and the modulus of an RSA key."""
+    """What is shown, be it whole or not, such as an RSA private key's modulus without the exponent."""
     fingerprint: bytes | None
     """32 bytes, equal if and only if the keys are; None where the key is not shown whole."""
 
@@ -43,7 +43,7 @@ _CURVE = Family((ck.CKA_EC_PARAMS,), (ck.CKA_EC_POINT,))
 _NAMED_SET = Family((ck.CKA_PARAMETER_SET,), (ck.CKA_VALUE,))
 _UNKNOWN = Family((), ())
 
-_FAMILIES = {
+_FAMILIES: Mapping[int | None, Family] = {
     ck.CKK_RSA: Family((), (ck.CKA_MODULUS, ck.CKA_PUBLIC_EXPONENT), are_numbers=True),
     ck.CKK_DSA: _DSA,
     ck.CKK_X9_42_DH: _DSA,
@@ -59,7 +59,7 @@ _FAMILIES = {
 
 def family(key_type: int | None) -> Family:
     """The public attributes of a key type; none for a type that is not known here."""
-    return _UNKNOWN if key_type is None else _FAMILIES.get(key_type, _UNKNOWN)
+    return _FAMILIES.get(key_type, _UNKNOWN)
 
 
 def digest(domain: bytes, *parts: bytes) -> bytes:
@@ -108,9 +108,9 @@ def by_attributes(key_type: int, shown: Attributes) -> PublicKey:
 def _by_parts(key_type: int, shown: Attributes) -> PublicKey:
     of = family(key_type)
     hints = {}
-    for number in (*of.parameters, *(n for n in of.key if n == ck.CKA_MODULUS)):
-        if parts := normal(key_type, shown, (number,)):
-            hints[number] = digest(b"number", *parts) if of.are_numbers else parts[0]
+    for number in of.parameters + of.key:
+        if value := _normal(of, shown, number):
+            hints[number] = value if number == ck.CKA_EC_PARAMS else digest(b"part", value)
     whole = normal(key_type, shown, of.parameters + of.key)
     fingerprint = None if whole is None else digest(b"key", key_type.to_bytes(8, "big"), *whole)
     return PublicKey(key_type, tuple(sorted(hints.items())), fingerprint)

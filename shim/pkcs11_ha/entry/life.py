@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.config import ConfigError
-from pkcs11_ha.log import Event
+from pkcs11_ha.config import ConfigError, log_of
+from pkcs11_ha.log import Event, open_log
 from pkcs11_ha.runtime import core, native
 from pkcs11_ha.runtime.core import Core
 from pkcs11_ha.runtime.native import CkError
@@ -61,6 +61,9 @@ def _initialize(flags: int) -> None:
         _current = core.start(flags)
     except ConfigError as error:
         native.lib.ha_say(native.text(str(error)))
+        log = open_log(log_of(error.path))
+        log.write(Event("core.failed", details={"why": str(error)}))
+        log.close()
         raise CkError(ck.CKR_GENERAL_ERROR) from None
 
 

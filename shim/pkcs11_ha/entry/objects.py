@@ -8,6 +8,7 @@ from typing import Any
 from pkcs11_ha import ck
 from pkcs11_ha.entry.carry import Carried, asks_for_token_object
 from pkcs11_ha.entry.life import current, slot_of
+from pkcs11_ha.entry.questions import blame
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
@@ -96,10 +97,9 @@ def _holders(slot: VirtualSlot, known: VirtualObject) -> list[Member]:
             if slot.objects.handle_at(known, slot.index(member)):
                 holders.append(member)
         except CkError as error:
-            epoch = member.epoch
-            if member.probe():
+            blame(slot, error, "C_FindObjects")
+            if member.state is MemberState.UP:
                 raise
-            current().lose(member, error.rv, "C_FindObjects", epoch)
     return holders
 
 

@@ -171,9 +171,20 @@ def locate(call: Any) -> int:
         try:
             slot.objects.handle_at(known, call.member)
         except CkError as error:
-            call.rv = error.rv
-            return decide(call)
+            if error.member is slot.members[call.member]:
+                call.rv = error.rv
+                return decide(call)
+            blame(slot, error, _row_name(call))
+            call.tried |= 1 << call.member  # while the other one cannot say, this one proves nothing
     return AGAIN
+
+
+def blame(slot: VirtualSlot, error: CkError, where: str) -> None:
+    """A member failed in the middle of the core's own work on it: it is lost, unless it says it is well."""
+    for member in slot.up():
+        epoch = member.epoch
+        if member is error.member and not member.probe():
+            current().lose(member, error.rv, where, epoch)
 
 
 def _no_such_object(call: Any) -> int:
@@ -256,9 +267,12 @@ def identify(call: Any, found: Any, count: int, handles: Any) -> None:
     """A member found objects that the data plane does not know."""
     slot = _slot(call)
     members_handles = [int(found[i]) for i in range(count)]
-    for place, handle in enumerate(
-        slot.objects.recognise(call.member, int(call.member_session), members_handles)
-    ):
+    try:
+        recognised = slot.objects.recognise(call.member, int(call.member_session), members_handles)
+    except CkError as error:
+        blame(slot, error, _row_name(call))
+        raise
+    for place, handle in enumerate(recognised):
         handles[place] = handle
 
 

@@ -55,7 +55,7 @@ def _get_slot_info(slot_id: int, info: Any) -> None:
     slot = _checked(slot_id)
     pad(info.slotDescription, slot.face.description)
     pad(info.manufacturerID, current().settings.ha.manufacturer)
-    info.flags = ck.CKF_REMOVABLE_DEVICE | (ck.CKF_TOKEN_PRESENT if slot.present else 0)
+    info.flags = slot.flags | (ck.CKF_TOKEN_PRESENT if slot.present else 0)
     for version in (info.hardwareVersion, info.firmwareVersion):
         version.major, version.minor = _version()
 

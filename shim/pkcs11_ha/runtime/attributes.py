@@ -28,7 +28,7 @@ def read(member: Member, session: int, object_: int, types: Sequence[int]) -> di
             attribute.type, attribute.pValue, attribute.ulValueLen = number, buffer, size
         rv = member.call("C_GetAttributeValue", session, object_, template, len(wanted))
         if rv not in _PARTIAL:
-            raise CkError(rv, f"C_GetAttributeValue of member {member.name}")
+            raise CkError(rv, f"C_GetAttributeValue of member {member.name}", member)
         larger = []
         for attribute, (number, size), buffer in zip(template, wanted, buffers, strict=True):
             if attribute.ulValueLen <= size:
@@ -73,12 +73,12 @@ def find(member: Member, session: int, template: Sequence[tuple[int, bytes]]) ->
     array: Any = native.ffi.new("CK_ATTRIBUTE[]", max(1, len(template)))
     for index, (number, value) in enumerate(template):
         array[index].type, array[index].pValue, array[index].ulValueLen = number, buffers[index], len(value)
-    native.check(member.call("C_FindObjectsInit", session, array, len(template)), f"find on {member.name}")
+    native.check(member.call("C_FindObjectsInit", session, array, len(template)), "finding", member)
     found: list[int] = []
     handles, count = native.ffi.new("CK_OBJECT_HANDLE[]", 256), native.ffi.new("CK_ULONG *")
     try:
         while True:
-            native.check(member.call("C_FindObjects", session, handles, 256, count), f"find on {member.name}")
+            native.check(member.call("C_FindObjects", session, handles, 256, count), "finding", member)
             found += [int(handles[i]) for i in range(count[0])]
             if count[0] < 256:
                 return found

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from hashlib import sha256
 
 from pkcs11_ha import __version__, ck, config
@@ -55,10 +56,7 @@ class Core:
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
         self.thread: threading.Thread | None = None
         if settings.recovery.mode == "background" and self.may_use_threads:
-            self.thread = threading.Thread(
-                target=self._recover_in_background, name="pkcs11-ha recovery", daemon=True
-            )
-            self.thread.start()
+            self.thread = native.start_thread(self._recover_in_background, "pkcs11-ha recovery")
 
     def log(self, event: Event) -> None:
         """Writes one event; the log's own failures never reach a call."""
@@ -73,10 +71,8 @@ class Core:
                 self._connect(member)
             return
         threads = [
-            threading.Thread(target=self._connect, args=(m,), daemon=True) for m in self.members.values()
+            native.start_thread(partial(self._connect, m), "pkcs11-ha start") for m in self.members.values()
         ]
-        for thread in threads:
-            thread.start()
         for thread in threads:
             thread.join()
 

@@ -25,9 +25,10 @@ class LibraryError(Exception):
 class Instance:
     """One initialised state of a library: a function list, and the members that live in it."""
 
-    def __init__(self, library: Any, path: str, config: MemberConfig) -> None:
+    def __init__(self, library: Any, path: str, config: MemberConfig, idle: list[Any] | None) -> None:
         self.library = library
         self.path = path
+        self.idle = idle  # where a private copy goes when nobody needs it
         self.config = config
         self.members: set[str] = set()
         self.list: Any = None
@@ -79,6 +80,12 @@ class Instance:
             native.lib.ha_library_finalize(self.pointer(INDEX["C_Finalize"]))
         self.initialised = False
 
+    def leave(self) -> None:
+        """The end of the run: a private copy is left for the next one."""
+        self.finalise()
+        if self.idle is not None:
+            self.idle.append(self.library)
+
 
 class Libraries:
     """All instances of one run, from C_Initialize to C_Finalize."""
@@ -105,7 +112,8 @@ class Libraries:
 
     def _load(self, config: MemberConfig, own: bool) -> Instance:
         with environment(config):
-            instance = Instance(_open(config.module, own), config.module, config)
+            idle = _idle.setdefault(_key(config.module), []) if own else None
+            instance = Instance(_open(config.module, own), config.module, config, idle)
             instance.take_list()
         return instance
 
@@ -128,25 +136,32 @@ class Libraries:
         """Finalises every instance in which no call is stuck."""
         for instance in self.instances:
             if not instance.members & stuck:
-                instance.finalise()
+                instance.leave()
 
 
 # Opened files stay open for the life of the process; a child of a fork must not use the parent's.
-_opened: dict[tuple[int, int, int], Any] = {}
+_Key = tuple[int, int, int]
+_opened: dict[_Key, Any] = {}
+_idle: dict[_Key, list[Any]] = {}  # private copies without a user: used again, for each is memory for ever
 
 
-def _open(path: str, own: bool) -> Any:
-    generation = native.lib.ha_fork_generation()
+def _key(path: str) -> _Key:
     try:
         status = os.stat(path)
     except OSError as error:
         raise LibraryError(f"{path}: {error.strerror}") from None
-    key = (generation, status.st_dev, status.st_ino)
+    return (native.lib.ha_fork_generation(), status.st_dev, status.st_ino)
+
+
+def _open(path: str, own: bool) -> Any:
+    key = _key(path)
     if not own and key in _opened:
         return _opened[key]
+    if own and _idle.get(key):
+        return _idle[key].pop()
     why = native.ffi.new("char[512]")
     # In a child the library that the parent loaded has the parent's state, and locks that nobody will release.
-    library = native.lib.ha_library_open(native.text(path), own or generation > 0, why, 512)
+    library = native.lib.ha_library_open(native.text(path), own or key[0] > 0, why, 512)
     if not library:
         raise LibraryError(native.ffi.string(why).decode("utf-8", "replace"))
     if not own:

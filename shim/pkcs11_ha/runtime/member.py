@@ -68,6 +68,7 @@ class Member:
         self.instance: Instance | None = None
         self.profile = profile_of(config)
         self.facts: TokenFacts | None = None
+        self.slot_flags: int | None = None  # of the slot that the token was seen in
         self.mechanisms: dict[
             int, tuple[int, int, int] | None
         ] = {}  # type -> (min, max, flags), None: not asked
@@ -158,7 +159,7 @@ class Member:
             library = native.ffi.new("CK_INFO *")
             self.call("C_GetInfo", library)
             if self.config.token.matches(slot, *_selectable(slot_info, token_info, library)):
-                matches.append(slot)
+                matches.append((slot, int(slot_info.flags)))
         if not matches:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, f"no token matches {self.config.token}")
         if len(matches) > 1:
@@ -166,7 +167,8 @@ class Member:
                 ck.CKR_TOKEN_NOT_RECOGNIZED,
                 f"{len(matches)} tokens match {self.config.token}: be more precise",
             )
-        return matches[0]
+        slot, self.slot_flags = matches[0]
+        return slot
 
     def _slots(self) -> Sequence[int]:
         count = native.ffi.new("CK_ULONG *")

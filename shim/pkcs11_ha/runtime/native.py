@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,17 +16,18 @@ T = TypeVar("T")
 
 
 class CkError(Exception):
-    """A PKCS#11 return value on its way to the application (never CKR_OK)."""
+    """A PKCS#11 return value on its way to the application (never CKR_OK); `member` gave it, if one did."""
 
-    def __init__(self, rv: int, why: str = "") -> None:
+    def __init__(self, rv: int, why: str = "", member: object = None) -> None:
         super().__init__(f"{ck.rv_name(rv)}{f': {why}' if why else ''}")
         self.rv = rv if rv != ck.CKR_OK else ck.CKR_GENERAL_ERROR
+        self.member = member
 
 
-def check(rv: int, why: str = "") -> None:
+def check(rv: int, why: str = "", member: object = None) -> None:
     """Raises CkError unless `rv` is CKR_OK."""
     if rv != ck.CKR_OK:
-        raise CkError(rv, why)
+        raise CkError(rv, why, member)
 
 
 def text(value: str) -> Any:
@@ -46,6 +48,17 @@ def pad(field: Any, value: str) -> None:
         value = value[:-1]
         raw = value.encode("utf-8")
     ffi.buffer(field)[:] = raw.ljust(size)
+
+
+def start_thread(work: Callable[[], object], name: str) -> threading.Thread:
+    """A thread that takes no signal meant for the application: the mask is inherited from who starts it."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
 
 
 class OutOfTime(Exception):
@@ -77,7 +90,7 @@ def within(budget_s: float, may_use_threads: bool, work: Callable[[], T], late: 
         if too_late:
             late()
 
-    threading.Thread(target=body, name="pkcs11-ha member", daemon=True).start()
+    start_thread(body, "pkcs11-ha member")
     ended.wait(budget_s)
     with lock:
         if not ended.is_set():

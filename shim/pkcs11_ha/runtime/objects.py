@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pkcs11_ha import ck
+from pkcs11_ha.core.codes import Code
 from pkcs11_ha.core.identity import Identity, Kind, Match, Name, compare, complete, vouched
 from pkcs11_ha.core.proof import USAGE_ATTRIBUTES, Operation, Proof, evidence, plan_proof, shared_usage
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
+
+_PROVEN_AT_ONCE = 32  # claims of one search that are proven before it answers; for EC keys that is some time
 
 
 @dataclass
@@ -34,8 +37,13 @@ class VirtualObject:
     session: int = 0  # of a session object: the virtual session that made it
     at: dict[int, Binding] = field(default_factory=dict)  # by member index
     absent: int = 0  # members that are known not to have it, as a mask
+    used: bool = False  # it was: before that, whichever key of its name is at hand is the one that is meant
+    homes: int = 0  # members on which it was used or proven, as a mask
     proof: Proof | None = None  # how it was proven last, and
     evidence: bytes | None = None  # what it showed
+    refuted: set[tuple[int, int, int]] = field(
+        default_factory=set
+    )  # (member, epoch, handle) that is another key
 
 
 class ObjectMap:
@@ -49,6 +57,7 @@ class ObjectMap:
         self.members = members
         self.log = log
         self.lock = threading.RLock()  # of the tables below; never held over a call to a member
+        self.returning: set[int] = set()  # members whose objects are being matched
         self.proving = threading.Lock()  # one proof at a time; held over calls
         self.objects: dict[int, VirtualObject] = {}
         self.by_name: dict[Name, list[VirtualObject]] = {}
@@ -83,8 +92,8 @@ class ObjectMap:
         self._publish(known)
 
     def _publish(self, known: VirtualObject) -> None:
-        """What the data plane may use: nothing while a claim is open, so that the first use comes to us."""
-        settled = all(binding.proven for binding in known.at.values())
+        """What the data plane may use: nothing before the first use or while a claim is open: those come to us."""
+        settled = known.used and all(binding.proven for binding in known.at.values())
         for member, binding in known.at.items():
             if settled:
                 native.lib.ha_object_bind(known.handle, member, binding.epoch, binding.handle)
@@ -99,11 +108,9 @@ class ObjectMap:
             native.lib.ha_object_unbind(known.handle, member)
 
     def _is_current(self, member: int, binding: Binding | None) -> bool:
-        return (
-            binding is not None
-            and self.members[member].state is MemberState.UP
-            and binding.epoch == self.members[member].epoch
-        )
+        """Whether the handle is of the member's present life; one that returns has it before it serves."""
+        there = self.members[member].state is MemberState.UP or member in self.returning
+        return there and binding is not None and binding.epoch == self.members[member].epoch
 
     def drop(self, known: VirtualObject) -> None:
         """The object is gone: its handle is dead."""
@@ -138,9 +145,14 @@ class ObjectMap:
     # ---- recognising ----
 
     def recognise(self, index: int, session: int, handles: Sequence[int]) -> list[int]:
-        """Virtual handles for what a member found; 0 for what applications do not see.  Raises CkError."""
+        """Virtual handles for what a member found; 0 for what applications do not see.  Raises CkError.
+
+        Claims are proven at once, while both members are there to ask, unless there are many of them: a member may
+        be gone when the object is used first.
+        """
         member, epoch = self.members[index], self.members[index].epoch
         result = []
+        claims = []
         for handle in handles:
             with self.lock:
                 known = self.by_member[index].get((epoch, handle))
@@ -153,8 +165,19 @@ class ObjectMap:
                         continue
                     raise
                 known = self._place(index, epoch, handle, identity)
+                if known and not known.at[index].proven:
+                    claims.append(known)
             result.append(known.handle if known else 0)
+        for known in claims[:_PROVEN_AT_ONCE]:
+            self.handle_at(known, index)
+            result = [self._now(index, epoch, handle, v) for handle, v in zip(handles, result, strict=True)]
         return result
+
+    def _now(self, index: int, epoch: int, handle: int, virtual: int) -> int:
+        """What a member object stands for after claims were settled: one of its own if its claim was taken back."""
+        with self.lock:
+            known = self.by_member[index].get((epoch, handle))
+            return known.handle if known else virtual
 
     def _place(self, index: int, epoch: int, handle: int, identity: Identity) -> VirtualObject | None:
         """The virtual object a new member object is, or a new one.  None: it was destroyed in the group."""
@@ -164,7 +187,7 @@ class ObjectMap:
                 return known
             if any(compare(t.identity, identity) is not Match.DIFFERENT for t in self.tombstones[index]):
                 return None
-            same, unproven = self._candidates(index, identity)
+            same, unproven = self._candidates(index, epoch, handle, identity)
             if same:
                 self._bind(same[0], index, epoch, handle, proven=True)
                 return same[0]
@@ -177,12 +200,16 @@ class ObjectMap:
             self._bind(new, index, epoch, handle, proven=True)
             return new
 
-    def _candidates(self, index: int, identity: Identity) -> tuple[list[VirtualObject], list[VirtualObject]]:
+    def _candidates(
+        self, index: int, epoch: int, handle: int, identity: Identity
+    ) -> tuple[list[VirtualObject], list[VirtualObject]]:
         """Objects without a counterpart on this member that are the same, and that may be."""
         free = [
             known
             for known in self.by_name.get(identity.name, [])
-            if identity.token and not self._is_current(index, known.at.get(index))
+            if identity.token
+            and not self._is_current(index, known.at.get(index))
+            and (index, epoch, handle) not in known.refuted
         ]
         verdicts = [(known, compare(known.identity, identity)) for known in free]
         return (
@@ -234,7 +261,7 @@ class ObjectMap:
         """The object's handle on a member, looked for and proven if need be; 0: it is not there.  Raises CkError."""
         with self.lock:
             binding = known.at.get(index)
-            if self._is_current(index, binding) and all(b.proven for b in known.at.values()):
+            if self._is_current(index, binding) and known.used and all(b.proven for b in known.at.values()):
                 self._publish(known)
                 assert binding
                 return binding.handle
@@ -246,10 +273,14 @@ class ObjectMap:
                 else:
                     with self.lock:
                         self._unbind(known, other)
+            self._witness(known, index)
         with self.lock:
             binding = known.at.get(index)
             if not self._is_current(index, binding):
                 known.absent |= 1 << index
+            else:
+                known.used = True
+                known.homes |= sum(1 << i for i in known.at)
             self._publish(known)
             return binding.handle if binding and self._is_current(index, binding) else 0
 
@@ -284,7 +315,8 @@ class ObjectMap:
     def _settle(self, known: VirtualObject, index: int) -> None:
         """Turns a claim into a proven binding, or takes it back."""
         binding = known.at[index]
-        if self._prove(known, index, binding.handle):
+        same = self._prove(known, index, binding.handle)
+        if same:
             with self.lock:
                 binding.proven = True
             return
@@ -292,15 +324,23 @@ class ObjectMap:
             self._unbind(known, index)
             known.absent |= 1 << index
         self._event("object.pinned", next(iter(known.at), index), known.identity)
+        if same is None:
+            return
+        known.refuted.add((index, binding.epoch, binding.handle))
+        member = self.members[index]
+        with member.service:
+            identity = attributes.who(member, member.session, binding.handle)
+        self._place(index, binding.epoch, binding.handle, identity)  # it is an object of its own
 
-    def _prove(self, known: VirtualObject, index: int, handle: int) -> bool:
+    def _prove(self, known: VirtualObject, index: int, handle: int) -> bool | None:
+        """Whether it is the same key; None if the member that could tell is away."""
         if known.proof is not None and known.evidence is not None:
             return self._run(known.proof, index, handle) == known.evidence
         reference = next(
             (i for i, b in known.at.items() if b.proven and i != index and self._is_current(i, b)), None
         )
         if reference is None:
-            return False  # the member that showed it is away: nobody can say
+            return self._proves_itself(known, index, handle) or None
         own = known.at[reference].handle
         proof = self._plan(known, reference, own, index, handle)
         if proof is None:
@@ -310,6 +350,24 @@ class ObjectMap:
             return False
         known.proof, known.evidence = proof, shown
         return True
+
+    def _proves_itself(self, known: VirtualObject, index: int, handle: int) -> bool:
+        """Without a member to compare with: it was not used yet, or it is back where it was and can show nothing."""
+        if not known.used:
+            return True
+        alone = known.evidence is None and known.homes == 1 << index
+        return alone and self._plan(known, index, handle, index, handle) is None
+
+    def _witness(self, known: VirtualObject, index: int) -> None:
+        """What a key shows before its first use, to be recognised by when its only member was away."""
+        binding = known.at.get(index)
+        if known.evidence is not None or binding is None or not self._is_current(index, binding):
+            return
+        if known.identity.fingerprint is not None and not known.identity.borrowed:
+            return
+        proof = self._plan(known, index, binding.handle, index, binding.handle)
+        if proof is not None:
+            known.proof, known.evidence = proof, self._run(proof, index, binding.handle)
 
     def _usage(self, index: int, handle: int) -> dict[int, bytes]:
         member = self.members[index]
@@ -340,14 +398,21 @@ class ObjectMap:
                 parameter = native.ffi.new("CK_BYTE[]", proof.parameter or b"\0")
                 if proof.parameter:
                     mechanism.pParameter, mechanism.ulParameterLen = parameter, len(proof.parameter)
-                if member.call(init, member.session, mechanism, handle) != ck.CKR_OK:
+                if not self._did(member, member.call(init, member.session, mechanism, handle)):
                     return None
                 output = native.ffi.new("CK_BYTE[]", 4096)
                 size = native.ffi.new("CK_ULONG *", 4096)
-                if member.call(act, member.session, data, len(data), output, size) != ck.CKR_OK:
+                if not self._did(member, member.call(act, member.session, data, len(data), output, size)):
                     return None
                 outputs.append(bytes(native.ffi.buffer(output, size[0])))
         return evidence(proof, outputs)
+
+    @staticmethod
+    def _did(member: Member, rv: int) -> bool:
+        """Whether the key did it.  A member that fails says nothing of its key: raises CkError."""
+        if member.code(rv) in (Code.CLEAN, Code.CAPABILITY, Code.LOGIN, Code.HANDLE):
+            return rv == ck.CKR_OK
+        raise CkError(rv, "proving a key", member)
 
     def _vouched(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> bool:
         """For keys that can prove nothing by an operation: both members show one public key for this CKA_ID."""
@@ -377,16 +442,20 @@ class ObjectMap:
         with self.lock:
             for known in self.objects.values():
                 self._unbind(known, index)
-                known.absent &= ~(1 << index)
+                known.absent = 0  # with this member back, what could not be proven may be
             self.by_member[index].clear()
             nothing_known = not self.objects and not self.tombstones[index]
         if nothing_known:
             return
         member = self.members[index]
-        with member.service:
-            found = attributes.find(member, member.session, [(ck.CKA_TOKEN, b"\1")])
-            self._bury(index, found)
-            self.recognise(index, member.session, found)
+        self.returning.add(index)
+        try:
+            with member.service:
+                found = attributes.find(member, member.session, [(ck.CKA_TOKEN, b"\1")])
+                self._bury(index, found)
+                self.recognise(index, member.session, found)
+        finally:
+            self.returning.discard(index)
         with self.lock:
             for known in self.objects.values():
                 if index not in known.at:

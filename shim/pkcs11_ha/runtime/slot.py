@@ -29,6 +29,13 @@ class Face:
     model: str
 
 
+def _slot_flags(known: Sequence[int]) -> int:
+    """Those that never change (PKCS#11 3.3): what the members seen at start say of their own slots."""
+    every = ck.CKF_HW_SLOT if known and all(flags & ck.CKF_HW_SLOT for flags in known) else 0
+    removable = not known or any(flags & ck.CKF_REMOVABLE_DEVICE for flags in known)
+    return every | (ck.CKF_REMOVABLE_DEVICE if removable else 0)
+
+
 class VirtualSlot:
     """`serving_mask` and `present` are written by `publish` alone, the login by `Login` alone."""
 
@@ -48,6 +55,7 @@ class VirtualSlot:
         self.native: Any = native.lib.ha_slot_new(slot_id, _BALANCE[balance])
         for member in members:
             native.lib.ha_slot_add(self.native, member.native)
+        self.flags = _slot_flags([m.slot_flags for m in members if m.slot_flags is not None])
         self.log = log
         self.objects = ObjectMap(self.native, face.label, members, log)
         self.serving_mask = 0

@@ -1,0 +1,501 @@
+"""When a lost member is tried again, and how often: on a clock that the test winds, first the rule, then the core."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import cffi
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkcs11_ha import ck, config
+from pkcs11_ha.core.recovery import (
+    NEVER_NS,
+    UNLIMITED,
+    Outage,
+    Rule,
+    after_failure,
+    due_at_ns,
+    is_due,
+    is_exhausted,
+)
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import core as runtime
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.core import Core
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
+
+X = 60 * 10**9
+PATIENCE_S = 20.0
+
+# ---- the rule
+
+
+def test_exactly_x_is_too_early_and_a_nanosecond_more_is_not() -> None:
+    outage, rule = Outage(last_ns=1000), Rule(X, UNLIMITED)
+    assert not is_due(outage, rule, 1000 + X)
+    assert is_due(outage, rule, 1000 + X + 1)
+
+
+def test_attempt_counts_from_when_the_last_one_ended() -> None:
+    rule = Rule(X, UNLIMITED)
+    tried = after_failure(Outage(0), now_ns=X + 20 * 10**9, pin_refused=False)
+    assert due_at_ns(tried, rule) == X + 20 * 10**9 + X
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_there_are_n_attempts_and_no_more(n: int) -> None:
+    outage, rule, now = Outage(0), Rule(X, n), 0
+    for attempt in range(n):
+        now += X + 1
+        assert is_due(outage, rule, now), f"attempt {attempt + 1} of {n}"
+        assert not is_exhausted(outage, rule)
+        outage = after_failure(outage, now, pin_refused=False)
+    assert is_exhausted(outage, rule)
+    assert not is_due(outage, rule, now + 1000 * X)
+    assert due_at_ns(outage, rule) == NEVER_NS
+
+
+def test_zero_attempts_is_off() -> None:
+    assert not is_due(Outage(0), Rule(X, 0), 10**6 * X)
+    assert is_exhausted(Outage(0), Rule(X, 0))
+
+
+def test_minus_one_has_no_limit() -> None:
+    outage = Outage(0, failed=10**9)
+    assert is_due(outage, Rule(X, UNLIMITED), X + 1)
+    assert not is_exhausted(outage, Rule(X, UNLIMITED))
+
+
+def test_refused_pin_ends_the_attempts_also_without_a_limit() -> None:
+    outage = after_failure(Outage(0), X + 1, pin_refused=True)
+    assert outage.stopped
+    assert not is_due(outage, Rule(X, UNLIMITED), 10**6 * X)
+    assert after_failure(outage, 2 * X, pin_refused=False).stopped  # and nothing lifts it
+
+
+@given(
+    interval=st.integers(0, 100),
+    attempts=st.integers(-1, 5),
+    steps=st.lists(st.tuples(st.integers(0, 120), st.integers(0, 30)), max_size=40),
+)
+def test_it_is_the_pseudo_code_of_the_reference_page(
+    interval: int, attempts: int, steps: list[tuple[int, int]]
+) -> None:
+    """Each step: so much time passes before a call, and an attempt, if one is made, takes so long and fails."""
+    rule, outage, now = Rule(interval, attempts), Outage(0), 0
+    recover_attempt_count, last_recover_attempt = 0, 0
+    for passes, takes in steps:
+        now += passes
+        expected = (
+            attempts == -1 or recover_attempt_count < attempts
+        ) and now - last_recover_attempt > interval
+        assert is_due(outage, rule, now) == expected
+        if expected:
+            now += takes
+            recover_attempt_count += 1
+            last_recover_attempt = now
+            outage = after_failure(outage, now, pin_refused=False)
+
+
+# ---- the core, with members that are no libraries
+
+
+class Plane:
+    """What the data plane does for the core, without one: epochs count, everything else is swallowed."""
+
+    def __init__(self) -> None:
+        self.epochs: dict[int, int] = {}
+        self.numbers = count(1)
+        self.check_at: dict[Any, int] = {}
+        self.serving: dict[Any, int] = {}
+
+    def ha_member_new(self) -> int:
+        number = next(self.numbers)
+        self.epochs[number] = 1
+        return number
+
+    def ha_member_epoch(self, member: int) -> int:
+        return self.epochs[member]
+
+    def ha_member_new_epoch(self, member: int) -> int:
+        self.epochs[member] += 1
+        return self.epochs[member]
+
+    def ha_slot_new(self, slot: int, _balance: int) -> int:
+        return slot
+
+    def ha_slot_check_at(self, slot: int, at: int) -> None:
+        self.check_at[slot] = at
+
+    def ha_slot_serving(self, slot: int, mask: int) -> None:
+        self.serving[slot] = mask
+
+    def __getattr__(self, _name: str) -> Callable[..., int]:
+        return lambda *_arguments: 0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_ns = 10**12
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def pass_s(self, seconds: float) -> None:
+        self.now_ns += int(seconds * 1e9)
+
+
+class World:
+    """A core, its clock, and what happens when a member is connected."""
+
+    def __init__(self, state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.plane = Plane()
+        self.attempts: list[str] = []
+        self.outcome: dict[str, Callable[[], None]] = {}
+        self.events: list[Event] = []
+        self.state_dir = state_dir
+        monkeypatch.setattr(native, "lib", self.plane)
+        monkeypatch.setattr(native, "ffi", cffi.FFI())
+        monkeypatch.setattr(Member, "connect", lambda member, *_: self._connect(member))
+        monkeypatch.setattr(runtime, "open_log", lambda _spec: self)
+
+    def _connect(self, member: Member) -> None:
+        self.attempts.append(member.name)
+        member.logins.clear()
+        self.outcome.get(member.name, lambda: None)()
+
+    def write(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """As a log."""
+
+    def core(
+        self, *members: str, interval_s: float = 60, attempts: int = -1, budget_s: float = 5, threads: bool = False
+    ) -> Core:
+        text = "\n".join(
+            f'[[member]]\nname = "{name}"\nmodule = "/none"\ntoken = "pkcs11:token={name}"' for name in members
+        )
+        text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {list(members)}'
+        text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}\nbudget_s = {budget_s}"
+        flags = 0 if threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
+        settings = config.parse(text, "test")
+        made = Core(settings, str(self.state_dir), flags, self.clock)
+        self.attempts.clear()
+        return made
+
+    def fails(self, member: str, rv: int = ck.CKR_DEVICE_ERROR) -> None:
+        def connect() -> None:
+            raise ConnectError(rv, "not there")
+
+        self.outcome[member] = connect
+
+    def works(self, member: str) -> None:
+        self.outcome.pop(member, None)
+
+    def happened(self, name: str, member: str = "") -> int:
+        return sum(event.name == name and member in ("", event.member) for event in self.events)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+def lose(core: Core, *names: str) -> None:
+    for name in names:
+        member = core.members[name]
+        core.lose(member, ck.CKR_DEVICE_ERROR, "C_Sign", member.epoch)
+
+
+def check(core: Core) -> None:
+    """The recovery check that a call makes."""
+    core.check(core.slots[0])
+
+
+def up(core: Core) -> set[str]:
+    return {name for name, member in core.members.items() if member.state is MemberState.UP}
+
+
+def test_member_is_tried_strictly_later_than_x_after_its_loss(world: World) -> None:
+    core = world.core("east", "west", interval_s=60)
+    lose(core, "east")
+    world.clock.pass_s(60)
+    check(core)
+    assert world.attempts == []
+    world.clock.now_ns += 1
+    check(core)
+    assert world.attempts == ["east"]
+    assert up(core) == {"east", "west"}
+
+
+def test_data_plane_is_told_the_moment_after_which_the_check_is_due(world: World) -> None:
+    core = world.core("east", "west", interval_s=60)
+    assert world.plane.check_at[0] == NEVER_NS
+    lose(core, "east")
+    assert world.plane.check_at[0] == world.clock.now_ns + 60 * 10**9
+    assert world.plane.serving[0] == 0b10
+    world.clock.pass_s(61)
+    check(core)
+    assert world.plane.check_at[0] == NEVER_NS
+    assert world.plane.serving[0] == 0b11
+
+
+def test_each_failure_waits_x_again_and_the_nth_is_the_last(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, attempts=3)
+    world.fails("east")
+    lose(core, "east")
+    for attempt in range(1, 6):
+        world.clock.pass_s(60.5)
+        check(core)
+        check(core)  # not twice within X
+        assert len(world.attempts) == min(attempt, 3)
+    assert world.happened("recovery.failed", "east") == 3
+    assert world.happened("recovery.exhausted", "east") == 1
+    assert world.plane.check_at[0] == NEVER_NS
+
+
+def test_zero_attempts_leaves_a_lost_member_out(world: World) -> None:
+    core = world.core("east", "west", attempts=0)
+    lose(core, "east")
+    world.clock.pass_s(10**6)
+    check(core)
+    assert world.attempts == []
+    assert world.plane.check_at[0] == NEVER_NS
+
+
+def test_attempts_without_limit_go_on(world: World) -> None:
+    core = world.core("east", "west", interval_s=1)
+    world.fails("east")
+    lose(core, "east")
+    for _ in range(50):
+        world.clock.pass_s(1.5)
+        check(core)
+    assert len(world.attempts) == 50
+
+
+def test_two_members_down_have_counts_of_their_own(world: World) -> None:
+    """With one count for both, the return of one would give the other its attempts again."""
+    core = world.core("east", "west", "north", interval_s=60, attempts=2)
+    world.fails("east")
+    world.fails("west")
+    lose(core, "east", "west")
+    world.clock.pass_s(61)
+    check(core)
+    assert sorted(world.attempts) == ["east", "west"]  # one round tries all that are due
+    world.works("west")
+    world.clock.pass_s(61)
+    check(core)
+    assert up(core) == {"west", "north"}
+    world.attempts.clear()
+    for _ in range(5):
+        world.clock.pass_s(61)
+        check(core)
+    assert world.attempts == []  # east has had its two
+
+
+def test_return_gives_a_member_all_its_attempts_again(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, attempts=2)
+    world.fails("east")
+    lose(core, "east")
+    world.clock.pass_s(61)
+    check(core)
+    world.works("east")
+    world.clock.pass_s(61)
+    check(core)
+    assert up(core) == {"east", "west"}
+
+    world.fails("east")
+    lose(core, "east")
+    world.attempts.clear()
+    for _ in range(5):
+        world.clock.pass_s(61)
+        check(core)
+    assert world.attempts == ["east", "east"]
+
+
+def test_member_absent_at_the_start_is_tried_like_a_lost_one(world: World) -> None:
+    world.fails("east")
+    core = world.core("east", "west", interval_s=60)
+    assert up(core) == {"west"}
+    check(core)
+    assert world.attempts == []  # the start was an attempt
+    world.works("east")
+    world.clock.pass_s(60.5)
+    check(core)
+    assert up(core) == {"east", "west"}
+
+
+def test_all_members_down_are_tried_too(world: World) -> None:
+    core = world.core("east", "west", interval_s=60)
+    lose(core, "east", "west")
+    assert world.plane.serving[0] == 0
+    assert world.happened("group.vanished") == 1
+    world.clock.pass_s(61)
+    check(core)
+    assert up(core) == {"east", "west"}
+
+
+def test_loss_is_of_the_life_in_which_the_call_began(world: World) -> None:
+    """A call that was stuck since before the member's return must not take it out again."""
+    core = world.core("east", "west", interval_s=60)
+    member = core.members["east"]
+    before = member.epoch
+    lose(core, "east")
+    world.clock.pass_s(61)
+    check(core)
+    core.lose(member, ck.CKR_DEVICE_ERROR, "C_Sign", before)
+    assert up(core) == {"east", "west"}
+
+
+def test_wrong_pin_at_recovery_costs_one_try(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = world.core("east", "west", interval_s=60)
+    slot = core.slots[0]
+    slot.user, slot.secret = ck.CKU_USER, object()
+    tries: list[str] = []
+
+    def login(member: Member, _user: int, _pin: object, _size: int) -> int:
+        tries.append(member.name)
+        return ck.CKR_PIN_INCORRECT
+
+    monkeypatch.setattr(Member, "login", login)
+    lose(core, "east")
+    for _ in range(10):
+        world.clock.pass_s(61)
+        check(core)
+    assert tries == ["east"]
+    assert up(core) == {"west"}
+    assert world.happened("recovery.stopped", "east") == 1
+    assert world.plane.check_at[0] == NEVER_NS
+
+
+@pytest.mark.parametrize("refusal", ["CKR_PIN_INCORRECT", "CKR_PIN_LOCKED", "CKR_PIN_EXPIRED"])
+def test_every_refusal_of_the_pin_is_final(
+    world: World, monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    core = world.core("east", "west", interval_s=60)
+    core.slots[0].user, core.slots[0].secret = ck.CKU_USER, object()
+    monkeypatch.setattr(Member, "login", lambda *_: getattr(ck, refusal))
+    lose(core, "east")
+    for _ in range(3):
+        world.clock.pass_s(61)
+        check(core)
+    assert world.attempts == ["east"]
+
+
+def test_login_that_stumbles_is_tried_again_but_not_for_ever(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that say nothing about the PIN: SoftHSM gives such when several processes log in at once."""
+    core = world.core("east", "west", interval_s=60)
+    core.slots[0].user, core.slots[0].secret = ck.CKU_USER, object()
+    answers = [ck.CKR_GENERAL_ERROR, ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_OK]
+    monkeypatch.setattr(Member, "login", lambda *_: answers.pop(0))
+    lose(core, "east")
+    world.clock.pass_s(61)
+    check(core)
+    assert answers == []
+    assert up(core) == {"east", "west"}
+
+
+class Gate:
+    """A connection that takes until it is let through."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.open = threading.Event()
+        self.inside = self.most_inside = 0
+        self.lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+        self.entered.release()
+        assert self.open.wait(PATIENCE_S)
+        with self.lock:
+            self.inside -= 1
+
+
+def test_thirty_two_callers_make_one_attempt_and_none_waits_for_it(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, budget_s=PATIENCE_S, threads=True)
+    lose(core, "east")
+    gate = Gate()
+    world.outcome["east"] = gate
+    world.clock.pass_s(61)
+    callers = [threading.Thread(target=check, args=(core,)) for _ in range(32)]
+    for caller in callers:
+        caller.start()
+    assert gate.entered.acquire(timeout=PATIENCE_S)
+    deadline = threading.Event()
+    for _ in range(2000):
+        if sum(caller.is_alive() for caller in callers) == 1:
+            break
+        deadline.wait(0.01)
+    assert sum(caller.is_alive() for caller in callers) == 1  # the one that makes the attempt
+    assert world.attempts == ["east"]
+    gate.open.set()
+    for caller in callers:
+        caller.join(PATIENCE_S)
+    assert (gate.most_inside, world.attempts) == (1, ["east"])
+    assert up(core) == {"east", "west"}
+
+
+def test_attempt_that_does_not_end_costs_its_budget_and_blocks_further_ones(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, budget_s=0.05, threads=True)
+    lose(core, "east")
+    gate = Gate()
+    world.outcome["east"] = gate
+    world.clock.pass_s(61)
+    check(core)  # returns although the attempt is still under way
+    assert world.happened("recovery.failed", "east") == 1
+    assert up(core) == {"west"}
+    for _ in range(3):
+        world.clock.pass_s(61)
+        check(core)
+    assert world.attempts == ["east"]  # no second one beside the first
+
+    gate.open.set()
+    for _ in range(2000):
+        if up(core) == {"east", "west"}:
+            break
+        threading.Event().wait(0.01)
+    assert up(core) == {"east", "west"}  # a success that comes late is one
+
+
+def test_member_that_failed_late_is_tried_again(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, budget_s=0.05, threads=True)
+    lose(core, "east")
+    gate = Gate()
+
+    def connect() -> None:
+        gate()
+        raise ConnectError(ck.CKR_DEVICE_ERROR, "after all not")
+
+    world.outcome["east"] = connect
+    world.clock.pass_s(61)
+    check(core)
+    gate.open.set()
+    world.works("east")
+    for _ in range(2000):
+        world.clock.pass_s(61)
+        check(core)
+        if up(core) == {"east", "west"}:
+            break
+        threading.Event().wait(0.01)
+    assert up(core) == {"east", "west"}
+
+
+def test_status_distinguishes_the_members_that_are_away(world: World) -> None:
+    core = world.core("east", "west", "north")
+    lose(core, "east", "north")
+    assert up(core) == {"west"}
+    assert world.happened("member.lost") == 2
+    assert world.plane.serving[0] == 0b010
