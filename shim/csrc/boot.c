@@ -50,8 +50,10 @@ void ha_say(char *line)
     for (size_t k = 0; k < size; k++)
         if (iscntrl((unsigned char)text[k])) text[k] = ' '; /* one line, and nothing that steers a terminal */
     text[size - 1] = '\n';
+    unsigned char guarded = ha_guard_enter();
     while (write(STDERR_FILENO, text, size) < 0 && errno == EINTR) {
     }
+    ha_guard_leave(guarded);
 }
 
 int ha_is_version(char *version)
@@ -82,12 +84,12 @@ static void before_fork(void)
 static void after_fork_in_parent(void)
 {
     ha_python_after_fork(false);
-    ha_members_after_fork();
+    ha_members_after_fork(false);
 }
 
 static void after_fork_in_child(void)
 {
-    ha_members_after_fork();
+    ha_members_after_fork(true);
     atomic_store(&state, DOWN);
     atomic_store(&core_calls, 0);
     atomic_fetch_add(&forks, 1);
@@ -163,7 +165,7 @@ CK_RV native_C_Finalize(CK_VOID_PTR pReserved)
         atomic_store(&state, STOPPING); /* new calls are turned away, those in flight are waited for */
         ha_core.stopping();             /* wakes a blocking C_WaitForSlotEvent */
         ha_wait_begin();
-        while (atomic_load(&core_calls)) nanosleep(&a_moment, NULL);
+        while (atomic_load(&core_calls) > 0) nanosleep(&a_moment, NULL);
         ha_wait_end();
         ha_sessions_close_all(NULL);
         rv = ha_unseal(ha_core.finalize());

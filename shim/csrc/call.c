@@ -19,7 +19,10 @@ void ha_check_when_due(ha_slot *slot, uint64_t check_at)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    if ((uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec > check_at) ha_core.check(slot);
+    if ((uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec <= check_at) return;
+    if (ha_enter_core() != CKR_OK) return; /* counted: C_Finalize waits for an attempt */
+    ha_core.check(slot);
+    ha_leave_core();
 }
 
 void ha_slot_gate(ha_slot *slot)
@@ -44,8 +47,7 @@ static __attribute__((noinline)) bool refuse(ha_call *call, CK_RV rv)
 static __attribute__((noinline)) CK_RV check_objects(const ha_call *call, const struct ha_row *row)
 {
     for (unsigned i = 0; i < call->objects; i++)
-        if (!ha_object_valid(call->object[i], call->slot) && !(row->optional_objects && !call->object[i]))
-            return row->bad_object[i];
+        if (!ha_object_valid(call->object[i], call->slot)) return row->bad_object[i];
     return CKR_OK;
 }
 
@@ -105,7 +107,6 @@ int ha_session_may_move(ha_session *session)
 static bool resolve_objects(ha_call *call)
 {
     for (unsigned i = 0; i < call->objects; i++) {
-        if (call->object[i] == CK_INVALID_HANDLE) continue; /* optional argument */
         call->member_object[i] = ha_object_at(call->object[i], call->member, call->epoch);
         if (!call->member_object[i]) return false;
     }
@@ -114,8 +115,7 @@ static bool resolve_objects(ha_call *call)
 
 static uint32_t without_absent(const ha_call *call, uint32_t candidates)
 {
-    for (unsigned i = 0; i < call->objects; i++)
-        if (call->object[i] != CK_INVALID_HANDLE) candidates &= ~ha_object_absent_mask(call->object[i]);
+    for (unsigned i = 0; i < call->objects; i++) candidates &= ~ha_object_absent_mask(call->object[i]);
     return candidates;
 }
 
@@ -133,7 +133,7 @@ static uint32_t without_operation_keys(const ha_session *session, uint32_t candi
 static int choose(const ha_call *call, uint32_t may)
 {
     const struct ha_row *row = &ha_rows[call->row];
-    if (row->gathers && !call->creates_token && may & call->session->owns) may &= call->session->owns;
+    if (row->gathers && !call->creates_token && may & call->session->made) may &= call->session->made;
     return ha_slot_choose(call->session, may, row->primary || call->creates_token);
 }
 
@@ -154,7 +154,9 @@ static inline bool route_at_once(ha_call *call)
         call->member = choose(call, may);
     }
     ha_member *target = slot->member[call->member];
-    call->epoch = atomic_load_explicit(&target->epoch, memory_order_acquire);
+    call->epoch = atomic_load(&target->epoch);
+    /* A member that is lost leaves `serving` before its epoch changes: seen in this order, the epoch is one it serves in. */
+    if (!is_bound(call) && !(atomic_load(&slot->serving) >> call->member & 1)) return false;
     if (session->at[call->member].epoch != call->epoch || (call->objects && !resolve_objects(call))) return false;
     call->target = target;
     call->member_session = session->at[call->member].handle;
@@ -172,6 +174,7 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
     while (!call->finished) {
         bool move = bound_to_lost_member(call);
         if (move && !ha_session_may_move(session)) {
+            call->member = session->member;
             ha_session_end_operations(session, session->active);
             ha_core.operation_lost(call);
             return finish(call, CKR_DEVICE_ERROR);
@@ -185,17 +188,20 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
                 continue;
             }
         } else {
-            uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire) & ~call->tried;
+            uint32_t may = atomic_load(call->alone ? &slot->up : &slot->serving) & ~call->tried;
             if (call->objects) may = without_absent(call, may);
             if (move) may = without_operation_keys(session, may);
-            call->member = may ? choose(call, may) : -1;
+            /* The first choice holds while it can: to choose again for each look would always pass over a member
+             * whose session is yet to be opened. */
+            if (call->member < 0 || !(may >> call->member & 1)) call->member = may ? choose(call, may) : -1;
             if (call->member < 0) {
                 if (ask_core(call, ha_core.no_member)) continue;
                 return false;
             }
         }
         call->target = slot->member[call->member];
-        call->epoch = atomic_load_explicit(&call->target->epoch, memory_order_acquire);
+        call->epoch = atomic_load(&call->target->epoch);
+        if (!is_bound(call) && !(atomic_load(call->alone ? &slot->up : &slot->serving) >> call->member & 1)) continue;
         if (call->objects && !resolve_objects(call)) {
             if (ask_core(call, ha_core.locate)) continue;
             return false;
@@ -206,6 +212,7 @@ static __attribute__((noinline)) bool route_with_care(ha_call *call)
         }
         if (session->at[call->member].epoch != call->epoch) {
             CK_RV rv = ha_session_open_member(session, call->member, call->epoch);
+            if (rv == HA_AGAIN) continue; /* the member has changed meanwhile */
             if (rv != CKR_OK) {
                 call->rv = rv;
                 if (ask_core(call, ha_core.decide)) continue;
@@ -296,18 +303,22 @@ static void repeat_operations(ha_call *call)
         free(init.mechanism_copy);
         if (rv != CKR_OK) {
             ha_session_drop(session, call->member); /* an Init before this one may have worked */
-            call->rv = rv;
+            call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
             ask_core(call, ha_core.decide);
             return;
         }
     }
+    int before = session->member;
     session->member = call->member;
+    /* Where it was under way before, it still is: that session must not reach another user. */
+    if (before >= 0 && before != call->member && !(session->owns >> before & 1)) ha_session_drop(session, before);
 }
 
 /* The virtual handle of an object that the call made on its member. */
 CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDLE *object)
 {
     *object = CK_INVALID_HANDLE;
+    call->session->made |= 1U << call->member;
     return *made == CK_INVALID_HANDLE ? CKR_OK : ha_unseal(ha_core.adopt(call, *made, object));
 }
 
@@ -316,7 +327,7 @@ ha_lengths ha_lengths_save(const CK_ATTRIBUTE *attributes, CK_ULONG count)
     ha_lengths lengths = {.count = count, .length = NULL};
     CK_ULONG *length = lengths.few;
     if (count > sizeof lengths.few / sizeof *lengths.few) {
-        length = lengths.length = malloc(count * sizeof *length);
+        length = lengths.length = calloc(count, sizeof *length); /* which knows what is too much */
         lengths.failed = !length;
     }
     for (CK_ULONG k = 0; length && k < count; k++) length[k] = attributes[k].ulValueLen;
@@ -369,7 +380,7 @@ CK_RV ha_call_end(ha_call *call)
             if (row->keep) keep(&session->operation[__builtin_ctz(row->ops)], call, row);
             break;
         case HA_PHASE_UPDATE:
-            session->fresh &= ~row->ops;
+            if (!call->query && rv != CKR_BUFFER_TOO_SMALL) session->fresh &= ~row->ops;
             ends = rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL;
             break;
         case HA_PHASE_MESSAGE: session->fresh &= ~row->ops; break;

@@ -38,14 +38,13 @@ typedef struct ha_call {
     unsigned char translate;           /* the mechanism's parameter holds object handles */
     unsigned char alone;               /* meant for one member: the data plane asks the others itself */
     unsigned char guarded;             /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
-    CK_OBJECT_HANDLE object[4];        /* virtual; the arguments, then those inside the mechanism */
-    CK_OBJECT_HANDLE member_object[4]; /* the same on the chosen member */
+    CK_OBJECT_HANDLE object[5];        /* virtual; the arguments, then those inside the mechanism */
+    CK_OBJECT_HANDLE member_object[5]; /* the same on the chosen member */
 } ha_call;
 
 /* ---- members ---- */
 ha_member *ha_member_new(void);
 void ha_member_free(ha_member *member);
-void ha_member_functions(ha_member *member, void *list, unsigned count);
 void ha_member_function(ha_member *member, unsigned row, void *function);
 void *ha_member_pointer(ha_member *member, unsigned row);
 void ha_member_slot(ha_member *member, CK_SLOT_ID slot);
@@ -64,24 +63,23 @@ void ha_member_leave(ha_member *member, ha_call *call);
 ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance); /* NULL: too many */
 void ha_slot_add(ha_slot *slot, ha_member *member);
 CK_SLOT_ID ha_slot_id(ha_slot *slot);
-void ha_slot_serving(ha_slot *slot, unsigned mask);
+void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up);
 void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: no check is due */
 void ha_slot_login(ha_slot *slot, CK_ULONG user, int write_protected); /* CK_UNAVAILABLE_INFORMATION: nobody */
 CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write);
 void ha_slot_gate(ha_slot *slot); /* the recovery check */
 void ha_slot_drain_pools(ha_slot *slot, int read_write);
+void ha_slot_drain_pools_of(ha_slot *slot, int member);
 
 /* ---- virtual sessions ---- */
 ha_session *ha_session_find(CK_SESSION_HANDLE session); /* no lock: for the holder of the session's lock */
 ha_slot *ha_session_slot(ha_session *session);
-CK_FLAGS ha_session_flags(ha_session *session);
 CK_SESSION_HANDLE ha_session_handle(ha_session *session);
 int ha_session_member(ha_session *session); /* serving the operation under way, -1: none */
 unsigned ha_session_active(ha_session *session);
 int ha_session_may_move(ha_session *session); /* 1: what is under way may be repeated elsewhere */
 void ha_session_drop(ha_session *session, int member);
 void ha_session_own(ha_session *session, int member);
-CK_RV ha_session_bind(ha_session *session, int member, unsigned epoch, CK_SESSION_HANDLE *member_session);
 
 /* ---- virtual objects ---- */
 CK_OBJECT_HANDLE ha_object_new(ha_slot *slot);

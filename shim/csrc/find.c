@@ -37,16 +37,14 @@ static CK_RV find_on_member(ha_call *call, CK_ATTRIBUTE *template, CK_ULONG coun
     found->count = 0;
     CK_RV rv = ((CK_C_FindObjectsInit)call->function)(call->member_session, template, count);
     if (rv != CKR_OK) return rv;
-    CK_ULONG got = 0;
-    do {
+    CK_ULONG got;
+    do { /* until none is left: a library may give fewer at a time than it is asked for (PKCS#11 5.7.7) */
+        if (!reserve(found, 64)) rv = CKR_HOST_MEMORY;
         size_t room = found->room - found->count;
-        if (room < 16) {
-            if (!reserve(found, 64)) rv = CKR_HOST_MEMORY;
-            room = found->room - found->count;
-        }
+        got = 0;
         if (rv == CKR_OK) rv = next(call->member_session, found->at + found->count, room, &got);
-        if (rv == CKR_OK && got <= room) found->count += got;
-        if (got < room) break; /* fewer than asked for: that was all */
+        if (rv == CKR_OK && got > room) rv = CKR_DEVICE_ERROR;
+        if (rv == CKR_OK) found->count += got;
     } while (rv == CKR_OK && got);
     CK_RV ended = final(call->member_session);
     return rv != CKR_OK ? rv : ended;
@@ -121,7 +119,8 @@ CK_RV native_C_FindObjectsInit(CK_SESSION_HANDLE hSession, CK_ATTRIBUTE_PTR pTem
             verdict.first_rv = call.rv;
         verdict.suspects |= call.suspects;
         verdict.answered |= call.suspects;
-        if (!(atomic_load(&slot->serving) & ~asked) && !answered) { /* nobody could: what does that mean? */
+        if (!(atomic_load(&slot->serving) & ~asked) && !answered &&
+            verdict.suspects) { /* nobody could: what does that mean? */
             rv = ha_unseal(ha_core.no_member(&verdict));
             if (rv == HA_AGAIN) {
                 rv = CKR_OK;

@@ -69,6 +69,7 @@ struct ha_slot {
     struct ha_pool pool[HA_MAX_MEMBERS][2]; /* read-only, read-write */
     struct ha_map map[HA_MAX_MEMBERS];
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t serving; /* members that may take new work; the core's decision */
+    _Atomic uint32_t up;                              /* all that are there, standbys too */
     _Atomic uint64_t check_at;                        /* monotonic ns after which the recovery check is due */
     _Atomic CK_ULONG login;
     _Atomic bool write_protected;
@@ -98,6 +99,7 @@ struct ha_session {
     int last_member; /* that served last */
     uint32_t turn;   /* of its choices among members that are equally busy */
     uint32_t owns;   /* members on which this session has session objects */
+    uint32_t made;   /* members that have made an object which no other has */
     bool finding;
     CK_OBJECT_HANDLE *found;
     size_t found_count, found_next;
@@ -163,8 +165,12 @@ static inline void ha_session_unlock(ha_session *session)
  */
 static inline bool ha_enter(ha_member *member, uint32_t epoch, ha_call *call)
 {
-    if (__builtin_expect(atomic_load_explicit(&ha_forking, memory_order_relaxed), 0)) ha_wait_for_fork();
     atomic_fetch_add(&member->load, (1UL << HA_LOAD_BITS) | 1);
+    while (__builtin_expect(atomic_load(&ha_forking), 0)) {
+        atomic_fetch_sub(&member->load, 1);
+        ha_wait_for_fork();
+        atomic_fetch_add(&member->load, 1);
+    }
     if (__builtin_expect(atomic_load(&member->epoch) != epoch, 0)) {
         atomic_fetch_sub(&member->load, 1);
         return false;
@@ -214,8 +220,10 @@ void ha_sessions_close_all(ha_slot *slot);
 void ha_sessions_after_fork(void);
 
 /* ---- member.c ---- */
+unsigned char ha_guard_enter(void); /* around what may write to a socket whose peer is dead */
+void ha_guard_leave(unsigned char guarded);
 void ha_members_before_fork(void);
-void ha_members_after_fork(void);
+void ha_members_after_fork(bool child);
 
 /* ---- slot.c ---- */
 ha_slot *ha_slot_by_id(CK_SLOT_ID id);
@@ -294,6 +302,8 @@ void ha_leave_core(void);
 static inline void ha_call_done(ha_call *call, CK_RV rv)
 {
     ha_leave(call->target, call);
+    if (__builtin_expect(rv >= HA_AGAIN, 0))
+        rv = CKR_GENERAL_ERROR; /* more bits than any CKR_*: the seal has no room */
     call->rv = rv;
     call->session->last_member = call->member;
     if (__builtin_expect(rv == CKR_OK && !call->answered, 1))

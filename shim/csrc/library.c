@@ -11,6 +11,8 @@
 
 #include "ha.h"
 
+enum { NUMBER_BITS = 32 }; /* of a private copy */
+
 struct ha_library {
     void *handle;
     void *base; /* where the file is mapped: a symbol counts only if it lives there */
@@ -61,13 +63,24 @@ static int copy_in_memory(const char *path, char *error, size_t error_size)
     return to;
 }
 
+/* The linker tells files apart by the name they were opened with, and a descriptor's number comes again: so each
+ * copy gets a spelling of its path that is its own, a bit of its number per slash. */
+static void spell_path(char *path, int fd)
+{
+    static _Atomic unsigned copies;
+    unsigned number = atomic_fetch_add(&copies, 1);
+    path += sprintf(path, "/proc/self/fd");
+    for (unsigned bit = 0; bit < NUMBER_BITS; bit++) path += sprintf(path, "%s", number >> bit & 1 ? "/./" : "/");
+    sprintf(path, "%d", fd);
+}
+
 /*
  * RTLD_DEEPBIND because a library whose function list is filled through global symbols would, under LD_PRELOAD
  * of ours, list our functions as its own.  NULL with one line in `error`.
  */
 ha_library *ha_library_open(char *path, int private_copy, char *error, size_t error_size)
 {
-    char in_memory[64];
+    char in_memory[32 + 3 * NUMBER_BITS];
     int flags = RTLD_NOW | RTLD_LOCAL, fd = -1;
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     flags |= RTLD_DEEPBIND; /* sanitizers replace malloc, which a deep-bound library would miss */
@@ -80,7 +93,7 @@ ha_library *ha_library_open(char *path, int private_copy, char *error, size_t er
     if (!library) return NULL;
     if (private_copy) {
         fd = copy_in_memory(path, error, error_size);
-        snprintf(in_memory, sizeof in_memory, "/proc/self/fd/%d", fd);
+        if (fd >= 0) spell_path(in_memory, fd);
     }
     if (!private_copy || fd >= 0) {
         library->handle = dlopen(private_copy ? in_memory : path, flags);
@@ -89,10 +102,8 @@ ha_library *ha_library_open(char *path, int private_copy, char *error, size_t er
             snprintf(error, error_size, "%s", why ? why : "dlopen failed");
         }
     }
-    /* The copy's descriptor stays open: the linker tells files apart by name, and the number must not be reused
-     * for the next copy. */
+    if (fd >= 0) close(fd); /* what is mapped stays */
     if (!library->handle) {
-        if (fd >= 0) close(fd);
         free(library);
         return NULL;
     }
@@ -178,12 +189,18 @@ CK_RV ha_library_initialize(void *initialize, CK_FLAGS flags, char *reserved)
     CK_C_INITIALIZE_ARGS args = {.flags = flags, .pReserved = reserved};
     CK_C_Initialize function;
     memcpy(&function, &initialize, sizeof function);
-    return function ? function(&args) : CKR_FUNCTION_NOT_SUPPORTED;
+    unsigned char guarded = ha_guard_enter();
+    CK_RV rv = function ? function(&args) : CKR_FUNCTION_NOT_SUPPORTED;
+    ha_guard_leave(guarded);
+    return rv;
 }
 
 CK_RV ha_library_finalize(void *finalize)
 {
     CK_C_Finalize function;
     memcpy(&function, &finalize, sizeof function);
-    return function ? function(NULL) : CKR_FUNCTION_NOT_SUPPORTED;
+    unsigned char guarded = ha_guard_enter();
+    CK_RV rv = function ? function(NULL) : CKR_FUNCTION_NOT_SUPPORTED;
+    ha_guard_leave(guarded);
+    return rv;
 }

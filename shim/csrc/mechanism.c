@@ -81,6 +81,8 @@ CK_RV ha_mechanism_objects(ha_call *call)
     if (!layout || !(layout->handles || layout->made)) return CKR_OK;
     if (mechanism->ulParameterLen != layout->size) return CKR_MECHANISM_PARAM_INVALID;
     call->translate = layout->handles != 0;
+    char *filled = layout->made ? get_pointer(mechanism->pParameter, layout->made_pointer) : NULL;
+    for (unsigned k = 0; filled && k < layout->made; k++) memset(filled + layout->made_handle[k], 0, sizeof(CK_ULONG));
     for (unsigned k = 0; k < layout->handles; k++) {
         CK_OBJECT_HANDLE object;
         memcpy(&object, (char *)mechanism->pParameter + layout->handle[k], sizeof object);

@@ -40,14 +40,6 @@ void ha_member_free(ha_member *member)
     free(member);
 }
 
-/* The pointers of a function list stand after its CK_VERSION, in the order of the rows. */
-void ha_member_functions(ha_member *member, void *list, unsigned count)
-{
-    memset(member->functions, 0, sizeof member->functions);
-    if (count > HA_FUNCTIONS) count = HA_FUNCTIONS;
-    memcpy(member->functions, (char *)list + offsetof(CK_FUNCTION_LIST, C_Initialize), count * sizeof(void *));
-}
-
 void ha_member_function(ha_member *member, unsigned row, void *function)
 {
     if (row < HA_FUNCTIONS) member->functions[row] = function;
@@ -100,7 +92,7 @@ unsigned ha_member_new_epoch(ha_member *member)
 
 int ha_member_in_flight(ha_member *member)
 {
-    return ha_in_flight(member);
+    return (int)(atomic_load(&member->load) & ((1UL << HA_LOAD_BITS) - 1));
 }
 
 unsigned long long ha_member_calls(ha_member *member)
@@ -111,36 +103,31 @@ unsigned long long ha_member_calls(ha_member *member)
 /*
  * A library that writes to a socket whose peer died would raise SIGPIPE, and its default action ends the
  * application.  The signal is blocked for this thread and a pending one is taken off afterwards; the
- * application's disposition is never touched.
+ * application's disposition is never touched.  0 as it was, 1 to unblock, 2 pending before us.
  */
-static void guard_enter(ha_call *call)
+unsigned char ha_guard_enter(void)
 {
-    sigset_t pipe, before;
+    sigset_t pipe, before, pending;
     sigemptyset(&pipe);
     sigaddset(&pipe, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &pipe, &before);
-    if (!sigismember(&before, SIGPIPE)) {
-        call->guarded = 1;
-    } else {
-        sigset_t pending;
-        sigpending(&pending);
-        call->guarded = sigismember(&pending, SIGPIPE) ? 2 : 0;
-    }
+    if (!sigismember(&before, SIGPIPE)) return 1;
+    sigpending(&pending);
+    return sigismember(&pending, SIGPIPE) ? 2 : 0;
 }
 
-static void guard_leave(ha_call *call)
+void ha_guard_leave(unsigned char guarded)
 {
     sigset_t pipe;
     const struct timespec now = {0, 0};
     sigemptyset(&pipe);
     sigaddset(&pipe, SIGPIPE);
-    if (call->guarded != 2) {
+    if (guarded != 2) {
         sigset_t pending;
         sigpending(&pending);
         if (sigismember(&pending, SIGPIPE)) sigtimedwait(&pipe, NULL, &now);
     }
-    if (call->guarded == 1) pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
-    call->guarded = 0;
+    if (guarded == 1) pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
 }
 
 void ha_wait_for_fork(void)
@@ -151,20 +138,24 @@ void ha_wait_for_fork(void)
 bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
 {
     if (member->one_call_at_a_time) {
-        pthread_mutex_lock(&member->one_call);
+        if (pthread_mutex_trylock(&member->one_call) != 0) { /* its holder may need the GIL to let go */
+            ha_wait_begin();
+            pthread_mutex_lock(&member->one_call);
+            ha_wait_end();
+        }
         if (atomic_load(&member->epoch) != epoch) { /* lost while this call waited its turn */
             pthread_mutex_unlock(&member->one_call);
             atomic_fetch_sub(&member->load, 1);
             return false;
         }
     }
-    if (member->guard_sigpipe) guard_enter(call);
+    if (member->guard_sigpipe) call->guarded = ha_guard_enter();
     return true;
 }
 
 void ha_member_leave_specially(ha_member *member, ha_call *call)
 {
-    if (member->guard_sigpipe) guard_leave(call);
+    if (member->guard_sigpipe) ha_guard_leave(call->guarded);
     if (member->one_call_at_a_time) pthread_mutex_unlock(&member->one_call);
 }
 
@@ -196,8 +187,9 @@ void ha_members_before_fork(void)
     }
 }
 
-void ha_members_after_fork(void)
+void ha_members_after_fork(bool child)
 {
+    if (child) memset(members, 0, sizeof members); /* calls in them are the parent's: no fork of ours waits for those */
     atomic_store(&ha_forking, false);
     pthread_mutex_unlock(&members_lock);
 }

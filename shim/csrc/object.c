@@ -1,7 +1,7 @@
 /*
  * Virtual objects: one handle for the application, a member handle per member, each dated by the member's epoch.
  *
- * Written by the core alone (under the GIL), read by the data plane without a lock.  Entries are reused with a
+ * Written by the core alone (under its ObjectMap's lock), read by the data plane without one.  Entries are reused with a
  * new generation, so no handle is ever given out twice; the memory is never returned.
  */
 #include <stdlib.h>
@@ -84,11 +84,13 @@ static struct ha_map_entry *map_find(const struct ha_map *map, CK_OBJECT_HANDLE 
     return &map->entries[k];
 }
 
-/* Doubles the map when half full; entries whose object is gone are left behind. */
+/* Called when the map is half full: entries whose object is gone are left behind, and if that does not help it doubles. */
 static bool map_grow(struct ha_map *map)
 {
     struct ha_map old = *map;
-    map->size = old.size ? old.size * 2 : 256;
+    size_t live = 0;
+    for (size_t k = 0; k < old.size; k++) live += old.entries[k].object != 0;
+    map->size = !old.size ? 256 : live * 4 > old.size ? old.size * 2 : old.size;
     map->used = 0;
     map->entries = calloc(map->size, sizeof *map->entries);
     if (!map->entries) {
@@ -177,12 +179,14 @@ uint32_t ha_object_absent_mask(CK_OBJECT_HANDLE object)
     return o ? atomic_load_explicit(&o->absent, memory_order_relaxed) : UINT32_MAX;
 }
 
-/* The handle on a member, 0 where it is not known in this epoch. */
+/* The handle on a member, 0 where it is not known in this epoch. Read between two looks at the entry, which may be
+ * given to another object meanwhile. */
 CK_OBJECT_HANDLE ha_object_at(CK_OBJECT_HANDLE object, int member, uint32_t epoch)
 {
     struct object *o = live(object);
-    if (!o || atomic_load_explicit(&o->at[member].epoch, memory_order_acquire) != epoch) return 0;
-    return atomic_load_explicit(&o->at[member].handle, memory_order_relaxed);
+    if (!o || atomic_load_explicit(&o->at[member].epoch, memory_order_acquire) != epoch) return CK_INVALID_HANDLE;
+    CK_OBJECT_HANDLE handle = atomic_load_explicit(&o->at[member].handle, memory_order_acquire);
+    return atomic_load_explicit(&o->handle, memory_order_relaxed) == object ? handle : CK_INVALID_HANDLE;
 }
 
 /* Virtual handles of what a member found; 0 for those that the core has not identified yet. */

@@ -27,7 +27,8 @@ static __thread PyGILState_STATE forking;
 /* A wait of ours must not keep the GIL from the thread it waits for; only a Python host can be holding it. */
 void ha_wait_begin(void)
 {
-    waiting = atomic_load(&interpreter_is_up) && PyGILState_Check() ? PyEval_SaveThread() : NULL;
+    PyThreadState *own = atomic_load(&interpreter_is_up) ? PyGILState_GetThisThreadState() : NULL;
+    waiting = own && own == _PyThreadState_UncheckedGet() ? PyEval_SaveThread() : NULL;
 }
 
 void ha_wait_end(void)

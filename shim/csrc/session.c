@@ -83,11 +83,6 @@ ha_slot *ha_session_slot(ha_session *session)
     return session->slot;
 }
 
-CK_FLAGS ha_session_flags(ha_session *session)
-{
-    return session->flags;
-}
-
 CK_SESSION_HANDLE ha_session_handle(ha_session *session)
 {
     return HANDLE(atomic_load(&session->word));
@@ -115,8 +110,8 @@ static struct ha_pool *pool_of(ha_session *session, int member)
     return &session->slot->pool[member][session->flags & CKF_RW_SESSION ? 1 : 0];
 }
 
-/* A member session of the same kind, from the pool or new. CKR_OK, the member's answer, or CKR_DEVICE_REMOVED
- * if the member left meanwhile. */
+/* A member session of the same kind, from the pool or new. CKR_OK, the member's answer, or HA_AGAIN if the member has
+ * changed meanwhile. */
 CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
 {
     if (session->at[member].epoch == epoch) return CKR_OK;
@@ -134,20 +129,13 @@ CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
     CK_SESSION_HANDLE handle = 0;
     CK_C_OpenSession open = (CK_C_OpenSession)target->functions[FN_C_OpenSession];
     if (!open) return CKR_FUNCTION_NOT_SUPPORTED;
-    if (!ha_enter(target, epoch, &call)) return CKR_DEVICE_REMOVED;
+    if (!ha_enter(target, epoch, &call)) return HA_AGAIN;
     CK_RV rv = open(target->slot_id, session->flags & (CKF_SERIAL_SESSION | CKF_RW_SESSION), NULL, NULL, &handle);
     ha_leave(target, &call);
-    if (rv != CKR_OK) return rv;
+    if (rv != CKR_OK) return rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
     session->at[member].handle = handle;
     session->at[member].epoch = epoch;
     return CKR_OK;
-}
-
-CK_RV ha_session_bind(ha_session *session, int member, unsigned epoch, CK_SESSION_HANDLE *member_session)
-{
-    CK_RV rv = ha_session_open_member(session, member, epoch);
-    *member_session = rv == CKR_OK ? session->at[member].handle : 0;
-    return rv;
 }
 
 static void close_on_member(ha_slot *slot, int member, uint32_t epoch, CK_SESSION_HANDLE handle)
@@ -165,6 +153,10 @@ void ha_session_drop(ha_session *session, int member)
 {
     uint32_t epoch = session->at[member].epoch;
     session->at[member].epoch = 0;
+    if (session->owns >> member & 1) {
+        session->owns &= ~(1U << member);
+        ha_core.session_objects_lost(session, member);
+    }
     if (epoch) close_on_member(session->slot, member, epoch, session->at[member].handle);
 }
 
@@ -175,32 +167,44 @@ static void give_back(ha_session *session, int member)
     if (!epoch) return;
     bool busy = session->owns >> member & 1 || (session->active && session->member == member);
     pthread_mutex_lock(&pool->lock);
-    if (pool->epoch != epoch) {
-        pool->epoch = epoch;
-        pool->count = 0;
-    }
-    if (!busy && pool->count < HA_POOL && epoch == atomic_load(&session->slot->member[member]->epoch)) {
-        pool->idle[pool->count++] = session->at[member].handle;
-        session->at[member].epoch = 0;
+    if (!busy && epoch == atomic_load(&session->slot->member[member]->epoch)) {
+        if (pool->epoch != epoch) {
+            pool->epoch = epoch;
+            pool->count = 0;
+        }
+        if (pool->count < HA_POOL) {
+            pool->idle[pool->count++] = session->at[member].handle;
+            session->at[member].epoch = 0;
+        }
     }
     pthread_mutex_unlock(&pool->lock);
     ha_session_drop(session, member);
 }
 
+static void drain(ha_slot *slot, int member, int read_write)
+{
+    struct ha_pool *pool = &slot->pool[member][read_write ? 1 : 0];
+    CK_SESSION_HANDLE idle[HA_POOL];
+    pthread_mutex_lock(&pool->lock);
+    unsigned count = pool->count;
+    uint32_t epoch = pool->epoch;
+    memcpy(idle, pool->idle, count * sizeof *idle);
+    pool->count = 0;
+    pthread_mutex_unlock(&pool->lock);
+    for (unsigned k = 0; k < count; k++) close_on_member(slot, member, epoch, idle[k]);
+}
+
 /* Closes idle member sessions: read-only ones stand in the way of the SO's login. */
 void ha_slot_drain_pools(ha_slot *slot, int read_write)
 {
-    for (unsigned m = 0; m < slot->count; m++) {
-        struct ha_pool *pool = &slot->pool[m][read_write ? 1 : 0];
-        CK_SESSION_HANDLE idle[HA_POOL];
-        pthread_mutex_lock(&pool->lock);
-        unsigned count = pool->count;
-        uint32_t epoch = pool->epoch;
-        memcpy(idle, pool->idle, count * sizeof *idle);
-        pool->count = 0;
-        pthread_mutex_unlock(&pool->lock);
-        for (unsigned k = 0; k < count; k++) close_on_member(slot, (int)m, epoch, idle[k]);
-    }
+    for (unsigned m = 0; m < slot->count; m++) drain(slot, (int)m, read_write);
+}
+
+/* Those of a member that has lost a session: they may be gone, too. */
+void ha_slot_drain_pools_of(ha_slot *slot, int member)
+{
+    drain(slot, member, 0);
+    drain(slot, member, 1);
 }
 
 /* ---- the application's calls ---- */
@@ -259,7 +263,7 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
     if (session) {
         session->slot = slot;
         session->flags = flags;
-        session->active = session->fresh = session->owns = 0;
+        session->active = session->fresh = session->owns = session->made = 0;
         session->finding = false;
         session->member = session->last_member = -1;
         session->turn = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed);
@@ -307,8 +311,11 @@ CK_RV native_C_CloseSession(CK_SESSION_HANDLE hSession)
 /* NULL: the sessions of every slot. Waits for the calls in flight on each. */
 void ha_sessions_close_all(ha_slot *slot)
 {
+    pthread_mutex_lock(&table_lock); /* at C_Finalize: whoever comes after us here sees that it is too late */
     uint32_t count = atomic_load(&session_count);
+    pthread_mutex_unlock(&table_lock);
     for (uint32_t index = 1; index <= count; index++) {
+        if (slot && entry(index)->slot != slot) continue; /* not to wait for a call that hangs elsewhere */
         ha_session *session = ha_session_lock(HANDLE(atomic_load(&entry(index)->word)));
         if (!session) continue;
         if (!slot || session->slot == slot)
@@ -367,6 +374,28 @@ CK_RV native_C_GetFunctionStatus(CK_SESSION_HANDLE hSession)
 CK_RV native_C_CancelFunction(CK_SESSION_HANDLE hSession)
 {
     return not_parallel(hSession);
+}
+
+/* A member's saved state means nothing to another member, so none is given out yet (PKCS#11 5.6.5). */
+CK_RV native_C_GetOperationState(CK_SESSION_HANDLE hSession, CK_BYTE_PTR pOperationState,
+                                 CK_ULONG_PTR pulOperationStateLen)
+{
+    (void)pOperationState, (void)pulOperationStateLen;
+    ha_session *session = ha_session_lock(hSession);
+    if (!session) return CKR_SESSION_HANDLE_INVALID;
+    CK_RV rv = session->active ? CKR_STATE_UNSAVEABLE : CKR_OPERATION_NOT_INITIALIZED;
+    ha_session_unlock(session);
+    return rv;
+}
+
+CK_RV native_C_SetOperationState(CK_SESSION_HANDLE hSession, CK_BYTE_PTR pOperationState, CK_ULONG ulOperationStateLen,
+                                 CK_OBJECT_HANDLE hEncryptionKey, CK_OBJECT_HANDLE hAuthenticationKey)
+{
+    (void)pOperationState, (void)ulOperationStateLen, (void)hEncryptionKey, (void)hAuthenticationKey;
+    ha_session *session = ha_session_lock(hSession);
+    if (!session) return CKR_SESSION_HANDLE_INVALID;
+    ha_session_unlock(session);
+    return CKR_SAVED_STATE_INVALID;
 }
 
 /* Sessions are never opened with CKF_ASYNC_SESSION, so there is nothing these could ask about. */

@@ -60,9 +60,10 @@ CK_SLOT_ID ha_slot_id(ha_slot *slot)
     return slot->id;
 }
 
-void ha_slot_serving(ha_slot *slot, unsigned mask)
+void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up)
 {
-    atomic_store(&slot->serving, mask);
+    atomic_store(&slot->up, up);
+    atomic_store(&slot->serving, serving);
 }
 
 void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns)
@@ -81,24 +82,29 @@ CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write)
     return read_write ? atomic_load(&slot->rw_sessions) : atomic_load(&slot->sessions);
 }
 
-/* The next of several members: see ha_slot_choose. */
+static int nth(uint32_t mask, unsigned n)
+{
+    while (n--) mask &= mask - 1;
+    return __builtin_ctz(mask);
+}
+
+/* The next of several members: see ha_slot_choose.  Turns are counted among the candidates and go on behind the one
+ * that was chosen, so that who is passed over does not leave its share to its neighbour alone. */
 int ha_slot_balance(ha_session *session, uint32_t candidates)
 {
     ha_slot *slot = session->slot;
-    int best = __builtin_ctz(candidates), least = -1;
-    if (slot->balance == HA_BALANCE_PRIMARY_FIRST) return best;
+    if (slot->balance == HA_BALANCE_PRIMARY_FIRST) return __builtin_ctz(candidates);
 
-    unsigned start = session->turn++ % slot->count;
-    for (unsigned k = 0; k < slot->count; k++) {
-        unsigned m = start + k < slot->count ? start + k : start + k - slot->count;
-        if (!(candidates >> m & 1)) continue;
-        if (slot->balance == HA_BALANCE_ROUND_ROBIN) return (int)m;
-        int busy = ha_in_flight(slot->member[m]);
+    unsigned many = (unsigned)__builtin_popcount(candidates), start = session->turn % many, best = start;
+    int least = -1;
+    for (unsigned k = 0; k < many && least != 0 && slot->balance == HA_BALANCE_LEAST_BUSY; k++) {
+        unsigned turn = (start + k) % many;
+        int busy = ha_in_flight(slot->member[nth(candidates, turn)]);
         if (least < 0 || busy < least) {
             least = busy;
-            best = (int)m;
-            if (busy == 0) break;
+            best = turn;
         }
     }
-    return best;
+    session->turn = best + 1;
+    return nth(candidates, best);
 }

@@ -117,12 +117,6 @@ def test_operation_that_cannot_be_repeated_does_not_move(judged: Judged) -> None
     assert not broken(judged, lambda a, v: a.can_move or v not in moving)
 
 
-def test_session_with_input_taken_is_not_replaced_under_it(judged: Judged) -> None:
-    """The input would be missing from what is signed, and the answer would still be CKR_OK."""
-    replacing = (Verdict.NEW_SESSION, Verdict.NEW_LIBRARY)
-    assert not broken(judged, lambda a, v: a.can_move or v not in replacing)
-
-
 def test_pin_is_not_sent_again_for_an_application_that_is_not_logged_in(judged: Judged) -> None:
     assert not broken(judged, lambda a, v: a.logged_in or v is not Verdict.NEW_LOGIN)
     assert not broken(judged, lambda a, v: a.code is Code.LOGIN or v is not Verdict.NEW_LOGIN)

@@ -127,13 +127,16 @@ class Plane:
         self.epochs[member] += 1
         return self.epochs[member]
 
+    def ha_secret_new(self, *_pin: object) -> object:
+        return object()
+
     def ha_slot_new(self, slot: int, _balance: int) -> int:
         return slot
 
     def ha_slot_check_at(self, slot: int, at: int) -> None:
         self.check_at[slot] = at
 
-    def ha_slot_serving(self, slot: int, mask: int) -> None:
+    def ha_slot_serving(self, slot: int, mask: int, _there: int) -> None:
         self.serving[slot] = mask
 
     def __getattr__(self, _name: str) -> Callable[..., int]:

@@ -142,7 +142,7 @@ def identify(attributes: Attributes) -> Identity:
     object_class = _ulong(attributes, ck.CKA_CLASS)
     kind = _kind(object_class)
     has_key_type = kind in (*_KEYS, Kind.DOMAIN_PARAMETERS)
-    key_type = _ulong(attributes, ck.CKA_KEY_TYPE) if has_key_type else None
+    key_type = _ulong(attributes, ck.CKA_KEY_TYPE)
     readable = attributes_to_read(object_class, key_type)
     given = {number: attributes[number] for number in readable if number in attributes}
     nobody = Identity(

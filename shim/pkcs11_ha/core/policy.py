@@ -82,9 +82,9 @@ def judge(answer: Answer) -> Verdict:
         return Verdict.ANSWER
     if code in answer.repaired:
         return Verdict.ELSEWHERE if code is Code.HANDLE and answer.can_move else Verdict.ANSWER
-    if code in (Code.SESSION, Code.LIBRARY, Code.OPERATION) and not answer.can_move:
-        return Verdict.ANSWER  # what was under way is gone with the session
-    return _REPAIRS[code]
+    return _REPAIRS[
+        code
+    ]  # an operation that cannot be begun again is found lost with its session, and said so
 
 
 def _stale_operation(answer: Answer) -> bool:

@@ -98,8 +98,7 @@ def by_attributes(key_type: int, shown: Attributes) -> PublicKey:
     told = by_info(shown.get(ck.CKA_PUBLIC_KEY_INFO, b""))
     if told is None:
         return key
-    agree = told.key_type == key_type and not contradict(told.hints, key.hints)
-    if not agree or len({key.fingerprint, told.fingerprint} - {None}) > 1:
+    if told.key_type != key_type or contradict(told.hints, key.hints):
         return PublicKey(key_type, key.hints, None)
     hints = {**dict(told.hints), **dict(key.hints)}
     return PublicKey(key_type, tuple(sorted(hints.items())), key.fingerprint or told.fingerprint)

@@ -10,6 +10,7 @@ from pkcs11_ha.entry import life, login, objects, questions, slots
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.native import CkError
 
+_ALL_BITS = 0xFFFFFFFF  # what the seal leaves room for; as an answer, HA_AGAIN
 _SEAL = 0x5041C0DE00000000  # HA_SEAL: an answer without it is CKR_GENERAL_ERROR
 
 Handler = Callable[..., int | None]
@@ -26,7 +27,7 @@ def _sealed(name: str, handler: Handler) -> Callable[..., int]:
         except BaseException as error:  # nothing may escape into C
             life.report_fault(name, error)
             rv = ck.CKR_GENERAL_ERROR
-        return _SEAL | (rv & 0xFFFFFFFF)
+        return _SEAL | (rv if 0 <= rv <= _ALL_BITS else ck.CKR_GENERAL_ERROR)
 
     return answer
 

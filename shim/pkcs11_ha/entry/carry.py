@@ -38,7 +38,11 @@ class Carried:
         call = self.call
         while native.lib.ha_call_next(call):
             function = native.ffi.cast(f"CK_{self.name}", call.function)
-            native.lib.ha_call_answer(call, forward(function, call))
+            rv = ck.CKR_FUNCTION_FAILED  # should Python not get to the end of it
+            try:
+                rv = forward(function, call)
+            finally:
+                native.lib.ha_call_answer(call, rv)
         return int(call.rv)
 
     @property
@@ -46,14 +50,9 @@ class Carried:
         return int(self.call.member)
 
     @property
+    def epoch(self) -> int:
+        return int(self.call.epoch)
+
+    @property
     def session(self) -> int:
         return int(self.call.member_session)
-
-
-def asks_for_token_object(template: Any, count: int) -> bool | None:
-    """CKA_TOKEN of a template, None where it does not say."""
-    for index in range(count):
-        attribute = template[index]
-        if attribute.type == ck.CKA_TOKEN and attribute.pValue != native.ffi.NULL and attribute.ulValueLen:
-            return bool(native.ffi.cast("CK_BBOOL *", attribute.pValue)[0])
-    return None

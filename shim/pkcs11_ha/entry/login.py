@@ -52,7 +52,7 @@ def _logout(handle: int) -> None:
         raise CkError(ck.CKR_USER_NOT_LOGGED_IN)
     if not slot.up():
         raise CkError(ck.CKR_DEVICE_ERROR)
-    login.logout(slot)
+    login.logout(slot, current().lose)
 
 
 def _everybody(slot: VirtualSlot, call: str) -> list[Member]:
@@ -82,9 +82,8 @@ def _set_pin(handle: int, old: Any, old_size: int, new: Any, new_size: int) -> N
                     _undo(slot, done, _on(done, "C_SetPIN", slot, session, new, new_size, old, old_size))
                 raise CkError(rv)
             changed.append(member)
-        if slot.secret is not None and new != native.ffi.NULL and slot.user == ck.CKU_USER:
-            native.lib.ha_secret_wipe(slot.secret)
-            slot.secret = native.lib.ha_secret_new(new, new_size) or None
+        if slot.secret is not None and new != native.ffi.NULL:
+            slot.keep_pin(new, new_size)  # of whoever is logged in: it is that PIN which was changed
 
 
 def _init_pin(handle: int, pin: Any, size: int) -> None:

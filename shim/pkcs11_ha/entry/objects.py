@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.entry.carry import Carried, asks_for_token_object
+from pkcs11_ha.core.identity import Kind
+from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import current, slot_of
 from pkcs11_ha.entry.questions import blame
 from pkcs11_ha.log import Event
-from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.slot import VirtualSlot
+
+_PUBLIC = (Kind.PUBLIC_KEY, Kind.CERTIFICATE, Kind.DOMAIN_PARAMETERS)
 
 
 def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
@@ -24,22 +27,23 @@ def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, template, count, made))
 
-    return _make(
-        "C_CreateObject", slot, session, (), bool(asks_for_token_object(template, count)), make, result
-    )
+    rv = _make("C_CreateObject", slot, session, (), make, result)
+    if rv == ck.CKR_OK:
+        known = slot.objects.get(int(result[0]))
+        if known.identity.kind in _PUBLIC and not known.identity.token:
+            known.template = attributes.copy(template, count)
+    return rv
 
 
 def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int:
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
-    known = slot.objects.get(source)
-    token = asks_for_token_object(template, count)
+    slot.objects.get(source)  # it exists
 
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, call.member_object[0], template, count, made))
 
-    everywhere = known.identity.token if token is None else token
-    return _make("C_CopyObject", slot, session, (source,), everywhere, make, result)
+    return _make("C_CopyObject", slot, session, (source,), make, result)
 
 
 def _make(
@@ -47,11 +51,10 @@ def _make(
     slot: VirtualSlot,
     session: Any,
     objects: tuple[int, ...],
-    everywhere: bool,
     make: Callable[[Any, Any, Any], int],
     result: Any,
 ) -> int:
-    """Makes an object on one member and, if it is a token object, on all others that are there.
+    """Makes an object on one member and on all others that are there.
 
     The template holds all there is to it, so a member that dies meanwhile is no obstacle: if it made the object
     before it died, that one is recognised when it returns.
@@ -62,19 +65,21 @@ def _make(
     if rv != ck.CKR_OK:
         return rv
     owner = int(native.lib.ha_session_handle(session))
-    known = slot.objects.adopt(first.index, first.session, int(made[0]), owner)
-    if not known.identity.token:
+    known = slot.objects.adopt(first.index, first.epoch, first.session, int(made[0]), owner)
+    token = known.identity.token
+    if not token:
         native.lib.ha_session_own(session, first.index)
-    elif everywhere:
-        for member in _others(slot, first.index):
-            carried = Carried(name, slot, session, objects).only(member)
-            rv = carried.run(lambda function, call: make(function, call, made))
-            if rv == ck.CKR_OK:
-                slot.objects.also_at(known, carried.index, int(made[0]))
-            elif member.state is MemberState.UP:
-                _partial(slot, member, name, rv)
-        if len(known.at) == 1:
-            slot.objects.pinned(known)
+    for member in _others(slot, first.index):
+        carried = Carried(name, slot, session, objects).only(member)
+        rv = carried.run(lambda function, call: make(function, call, made))
+        if rv == ck.CKR_OK:
+            slot.objects.also_at(known, carried.index, carried.epoch, int(made[0]))
+            if not token:
+                native.lib.ha_session_own(session, carried.index)
+        elif token and member.state is MemberState.UP:
+            _partial(slot, member, name, rv)
+    if len(known.at) == 1:
+        slot.objects.pinned(known)
     result[0] = known.handle
     return ck.CKR_OK
 
@@ -124,6 +129,8 @@ def _on_every_holder(
             _partial(slot, member, name, rv)
             failure = rv
     if failure != ck.CKR_OK:
+        for carried in done:  # what was destroyed there may give its number to another object
+            slot.objects.forget(known.handle, carried.index)
         raise CkError(failure)
     if not done:
         raise CkError(
@@ -144,6 +151,7 @@ def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -
         lambda function, call: int(function(call.member_session, call.member_object[0], template, count)),
     )
     slot.objects.renew(known, done[0].index, done[0].session)
+    known.template = None
 
 
 def _destroy_object(handle: int, object_: int) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 from pkcs11_ha import ck
 from pkcs11_ha.core.codes import Code
 from pkcs11_ha.core.policy import Answer, Verdict, judge
+from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import current, slot_by_id, slot_of
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import login, native
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
-from pkcs11_ha.spec.functions import FUNCTIONS
+from pkcs11_ha.spec.functions import FUNCTIONS, Effect
 
 AGAIN = 0xFFFFFFFF  # HA_AGAIN: the data plane looks again
 
@@ -89,40 +91,58 @@ def _probe(call: Any, _slot: VirtualSlot, member: Member) -> int:
     if member.probe():
         return int(call.rv)
     _lose(call, member)
-    if not native.lib.ha_session_may_move(call.session):
+    if FUNCTIONS[int(call.row)].ops and not native.lib.ha_session_may_move(call.session):
         return AGAIN  # the data plane finds the operation lost, and says so
     return ck.CKR_DEVICE_ERROR
 
 
-def _new_session(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+def _new_session(call: Any, slot: VirtualSlot, member: Member) -> int:
     """What was under way in it is begun again, if it may be."""
     native.lib.ha_session_drop(call.session, call.member)
-    return _again(call)
+    native.lib.ha_slot_drain_pools_of(slot.native, call.member)
+    return _with_login(call, slot, member)
 
 
 def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
     """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
     with slot.login_lock:
+        if member.state is not MemberState.UP or member.epoch != call.epoch:
+            return _again(call)  # another caller has met it, and been refused or not
         member.logins.discard(slot.id)
         try:
+            member.is_logged_in()  # which needs, and renews, the service session
             login.restore(slot, member)
         except PinRefused as error:
             current().refuse(member, error.rv)
             call.tried |= 1 << call.member
-        except ConnectError:
-            _answered(call)
+        except ConnectError as error:
+            current().lose(member, error.rv, "C_Login", int(call.epoch))
+            call.tried |= 1 << call.member
     return _again(call)
 
 
-def _new_handles(call: Any, slot: VirtualSlot, _member: Member) -> int:
+def _with_login(call: Any, slot: VirtualSlot, member: Member) -> int:
+    """A member that forgot sessions or objects may have forgotten the login, too."""
+    try:
+        forgotten = not member.is_logged_in() and slot.user != NOBODY
+    except ConnectError:
+        forgotten = False
+    return _new_login(call, slot, member) if forgotten else _again(call)
+
+
+def _new_handles(call: Any, slot: VirtualSlot, member: Member) -> int:
     for place in range(call.objects):
         if call.object[place]:
             slot.objects.forget(int(call.object[place]), call.member)
-    return _again(call)
+    return _with_login(call, slot, member)
 
 
 def _new_library(call: Any, _slot: VirtualSlot, member: Member) -> int:
     _lose(call, member)
+    if FUNCTIONS[int(call.row)].effect is Effect.CREDENTIAL:
+        return (
+            ck.CKR_DEVICE_ERROR
+        )  # who changes a PIN holds the login, and a member that returns waits for that
     if not current().reconnect_now(member):
         call.tried |= 1 << call.member
     return _again(call)
@@ -169,14 +189,27 @@ def locate(call: Any) -> int:
         except CkError:
             return _no_such_object(call)
         try:
-            slot.objects.handle_at(known, call.member)
+            if not slot.objects.handle_at(known, call.member) and known.template is not None:
+                _make_again(slot, call, known)
         except CkError as error:
             if error.member is slot.members[call.member]:
                 call.rv = error.rv
                 return decide(call)
             blame(slot, error, _row_name(call))
-            call.tried |= 1 << call.member  # while the other one cannot say, this one proves nothing
+            if not slot.objects.gives_up_claims(known, call.member):
+                call.tried |= 1 << call.member  # while the other one cannot say, this one proves nothing
     return AGAIN
+
+
+def _make_again(slot: VirtualSlot, call: Any, known: VirtualObject) -> None:
+    """A public session object that died with this member's sessions: applications keep such handles for long."""
+    assert known.template
+    array, buffers = known.template
+    made = native.ffi.new("CK_OBJECT_HANDLE *")
+    again = Carried("C_CreateObject", slot, call.session).only(slot.members[call.member])
+    if again.run(lambda function, c: int(function(c.member_session, array, len(buffers), made))) == ck.CKR_OK:
+        native.lib.ha_session_own(call.session, again.index)
+        slot.objects.also_at(known, again.index, again.epoch, int(made[0]))
 
 
 def blame(slot: VirtualSlot, error: CkError, where: str) -> None:
@@ -199,6 +232,7 @@ def no_member(call: Any) -> int:
     slot = _slot(call)
     if call.alone:
         return int(call.first_rv or call.rv or ck.CKR_DEVICE_ERROR)
+    served = slot.serving_mask
     if call.answered:
         for index, member in enumerate(slot.members):
             if call.suspects >> index & 1 and member.state is MemberState.UP:
@@ -210,6 +244,8 @@ def no_member(call: Any) -> int:
         ]
         if alive:
             return int(call.first_rv)  # they all say so: it is the answer
+        if slot.serving_mask & ~served & ~call.tried:
+            return AGAIN  # a standby has taken over
     if slot.serving_mask & ~call.tried:
         serving = slot.serving_mask & ~call.tried
         if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
@@ -235,10 +271,12 @@ def _scattered(slot: VirtualSlot, call: Any, serving: int) -> bool:
 
 
 def settled(call: Any) -> None:
-    """Another member did what the suspects did not: they are at fault."""
+    """Another member did what the suspects did not: they are at fault.  If it refused, they may have been right:
+    who sends forgeries must not be able to take out members that are clumsy about saying so."""
     slot = _slot(call)
+    did = int(call.rv) in (ck.CKR_OK, ck.CKR_BUFFER_TOO_SMALL)
     for index, member in enumerate(slot.members):
-        if call.suspects >> index & 1:
+        if call.suspects >> index & 1 and member.state is MemberState.UP and (did or not member.probe()):
             current().lose(member, int(call.first_rv), _row_name(call), member.epoch)
     if call.suspects and call.member >= 0:
         details: dict[str, str | int] = {"call": _row_name(call), "code": ck.rv_name(int(call.first_rv))}
@@ -256,7 +294,11 @@ def adopt(call: Any, made: int, handle: Any) -> None:
     """A call made an object on its member."""
     slot = _slot(call)
     owner = int(native.lib.ha_session_handle(call.session))
-    known = slot.objects.adopt(call.member, int(call.member_session), int(made), owner)
+    try:
+        known = slot.objects.adopt(call.member, int(call.epoch), int(call.member_session), int(made), owner)
+    except CkError as error:
+        blame(slot, error, _row_name(call))
+        raise
     if not known.identity.token:
         native.lib.ha_session_own(call.session, call.member)
     slot.objects.pinned(known)
@@ -268,7 +310,9 @@ def identify(call: Any, found: Any, count: int, handles: Any) -> None:
     slot = _slot(call)
     members_handles = [int(found[i]) for i in range(count)]
     try:
-        recognised = slot.objects.recognise(call.member, int(call.member_session), members_handles)
+        recognised = slot.objects.recognise(
+            call.member, int(call.epoch), int(call.member_session), members_handles
+        )
     except CkError as error:
         blame(slot, error, _row_name(call))
         raise
@@ -282,9 +326,15 @@ def session_closing(session: Any) -> None:
     slot_of(session).objects.drop_if(lambda known: known.session == handle)
 
 
+def session_objects_lost(session: Any, index: int) -> None:
+    """A session's counterpart on a member is closed, and with it what it made there."""
+    slot_of(session).objects.session_lost(int(native.lib.ha_session_handle(session)), index)
+
+
 def last_session_closed(native_slot: Any) -> None:
-    """Closing the last session logs out (PKCS#11 5.6.2)."""
-    login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)))
+    """Closing the last session logs out (PKCS#11 5.6.2); at C_Finalize the libraries' own does."""
+    if not current().stopping:
+        login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)), current().lose)
 
 
 HANDLERS: dict[str, Callable[..., int | None]] = {
@@ -297,5 +347,6 @@ HANDLERS: dict[str, Callable[..., int | None]] = {
     "adopt": adopt,
     "identify": identify,
     "session_closing": session_closing,
+    "session_objects_lost": session_objects_lost,
     "last_session_closed": last_session_closed,
 }

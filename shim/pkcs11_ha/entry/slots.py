@@ -94,8 +94,8 @@ def _get_token_info(slot_id: int, info: Any) -> None:
 def _first_that_tells(slot: VirtualSlot) -> Member:
     """A serving member, its facts as fresh as they come in a moment; a member found dead is lost."""
     core = current()
-    while slot.serving():
-        member = slot.serving()[0]
+    while serving := slot.serving():
+        member = serving[0]
         epoch = member.epoch
         if member.learning:
             return member  # another caller is waiting for it already
@@ -114,7 +114,7 @@ def _first_that_tells(slot: VirtualSlot) -> Member:
     raise CkError(ck.CKR_TOKEN_NOT_PRESENT)
 
 
-def _learnt(member: Member) -> None:
+def _learnt(member: Member, _error: BaseException | None) -> None:
     member.learning = False
 
 
@@ -137,6 +137,8 @@ _WARNINGS = (
 
 def _token_flags(slot: VirtualSlot) -> int:
     members = [m.facts.flags for m in slot.serving() if m.facts]
+    if not members:
+        raise CkError(ck.CKR_TOKEN_NOT_PRESENT)
     flags = members[0] & ~(_ALL | _WARNINGS | ck.CKF_CLOCK_ON_TOKEN | ck.CKF_RESTORE_KEY_NOT_NEEDED)
     for flag in (1 << bit for bit in range(32)):
         if (flag & _ALL and all(m & flag for m in members)) or (
@@ -213,7 +215,9 @@ def _init_token(slot_id: int, pin: Any, size: int, label: Any) -> int:
     return rv
 
 
-def _wait_for_slot_event(flags: int, slot: Any, _reserved: Any) -> None:
+def _wait_for_slot_event(flags: int, slot: Any, reserved: Any) -> None:
+    if reserved != native.ffi.NULL:
+        raise CkError(ck.CKR_ARGUMENTS_BAD)
     core = current()
     with core.changed:
         while True:
@@ -230,6 +234,7 @@ def _wait_for_slot_event(flags: int, slot: Any, _reserved: Any) -> None:
 
 
 def _ha_state(slot_id: int, status: Any) -> None:
+    status.listSize = 0
     slot = _checked(slot_id)
     native.ffi.memmove(status, bytes(native.ffi.sizeof("CK_HA_STATUS")), native.ffi.sizeof("CK_HA_STATUS"))
     if not slot.is_group:

@@ -67,6 +67,19 @@ def _ulong(values: dict[int, bytes], number: int) -> int:
     return int.from_bytes(values.get(number, b""), "little")
 
 
+def copy(template: Any, count: int) -> tuple[Any, list[Any]] | None:
+    """A template of our own, with the memory that it points to; None if it holds pointers itself."""
+    if any(template[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count)):
+        return None
+    sizes = [int(template[i].ulValueLen) for i in range(count)]
+    buffers = [native.ffi.new("CK_BYTE[]", max(1, size)) for size in sizes]
+    array: Any = native.ffi.new("CK_ATTRIBUTE[]", count)
+    for index, (size, buffer) in enumerate(zip(sizes, buffers, strict=True)):
+        native.ffi.memmove(buffer, template[index].pValue, size)
+        array[index].type, array[index].pValue, array[index].ulValueLen = template[index].type, buffer, size
+    return array, buffers
+
+
 def find(member: Member, session: int, template: Sequence[tuple[int, bytes]]) -> list[int]:
     """Handles of all objects that match; raises CkError."""
     buffers = [native.ffi.new("CK_BYTE[]", value) for _, value in template]

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 
@@ -15,7 +16,7 @@ from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
 from pkcs11_ha.log import Event, Log, open_log
 from pkcs11_ha.runtime import identity_file, login, native
 from pkcs11_ha.runtime.library import Libraries
-from pkcs11_ha.runtime.member import Member, MemberState, PinRefused
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import OutOfTime
 from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
@@ -47,7 +48,6 @@ class Core:
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
         self.members = {c.name: Member(c, clock()) for c in configs}
-        self.stuck: set[str] = set()
         self.slots: dict[int, VirtualSlot] = {}
         self._connect_all()
         self.slots = self._make_slots(state_dir)
@@ -89,18 +89,21 @@ class Core:
             self.log(Event("member.lost", "", member.name, details))
 
     def _within_budget(self, member: Member, work: Callable[[], None]) -> None:
-        def late() -> None:
-            self.stuck.discard(member.name)
-            member.connecting = False
-            self._publish(self.slots_of(member))
+        def late(error: BaseException | None) -> None:
+            with self.lock:
+                member.connecting = False
+                if error is not None:  # the attempt has ended now, and said why
+                    stopped = member.outage.stopped or isinstance(error, PinRefused)
+                    member.outage = replace(member.outage, last_ns=self.clock(), stopped=stopped)
+                    member.why = str(error)
+                self._publish(self.slots_of(member))
 
         member.connecting = True
         try:
             native.within(self.settings.recovery.budget_s, self.may_use_threads, work, late)
             member.connecting = False
         except OutOfTime:
-            self.stuck.add(member.name)  # still under way: no other attempt until it ends
-            raise
+            raise  # still under way: no other attempt until it ends
         except BaseException:
             member.connecting = False
             raise
@@ -144,6 +147,8 @@ class Core:
 
     def _publish(self, slots: Iterable[VirtualSlot]) -> None:
         with self.lock:
+            if self.stopping:
+                return  # what a thread of this run does late is not to reach the next
             for slot in slots:
                 slot.publish(min((self._due_at(member) for member in slot.members), default=NEVER_NS))
         with self.changed:
@@ -169,12 +174,13 @@ class Core:
             member.outage = Outage(self.clock())
             member.loss_was_read = False
             member.why = f"{call} answered {ck.rv_name(rv)}"
-            native.lib.ha_member_new_epoch(member.native)
             slots = self.slots_of(member)
             for slot in slots:
                 details: dict[str, str | int] = {"code": ck.rv_name(rv), "call": call}
                 self.log(Event("member.lost", slot.face.label, member.name, details))
             self._publish(slots)
+            # After it: who sees the new epoch sees that nobody serves in it.
+            native.lib.ha_member_new_epoch(member.native)
         for slot in slots:
             slot.objects.member_lost(slot.index(member))
 
@@ -193,14 +199,17 @@ class Core:
             return
         try:
             for member in slot.members:
+                started = self.clock()
                 if self._is_due(member):
                     self.attempt(member)
+                if self.clock() - started >= self.settings.recovery.budget_s * 1e9:
+                    break  # one caller does not wait for all that hang
         finally:
             self.attempting.release()
 
     def _is_due(self, member: Member) -> bool:
         with self.lock:
-            away = member.state is MemberState.AWAY and not member.connecting
+            away = member.state is MemberState.AWAY and not member.connecting and not self.stopping
             return away and recovery.is_due(member.outage, self.rule, self.clock())
 
     def attempt(self, member: Member) -> bool:
@@ -227,6 +236,8 @@ class Core:
                 stack.enter_context(slot.login_lock)
                 login.restore(slot, member)  # the application may have logged in or out meanwhile
             stack.enter_context(self.lock)
+            if self.stopping:
+                raise ConnectError(ck.CKR_CRYPTOKI_NOT_INITIALIZED, "C_Finalize was quicker")
             member.connecting = False
             member.state = MemberState.UP
             for slot in slots:
@@ -259,6 +270,8 @@ class Core:
         with self.attempting:
             if member.state is MemberState.UP:
                 return True  # another caller has done it
+            if member.connecting or member.outage.stopped or member.outage.failed:
+                return False  # or has tried: from here on by the rule
             return self.attempt(member)
 
     def _recover_in_background(self) -> None:
@@ -274,7 +287,7 @@ class Core:
 
     def stop(self) -> None:
         """Wakes what waits: the background thread and a blocking C_WaitForSlotEvent."""
-        with self.changed:
+        with self.lock, self.changed:
             self.stopping = True
             self.changed.notify_all()
 
@@ -284,18 +297,36 @@ class Core:
         if self.thread is not None:
             self.thread.join(self.settings.recovery.budget_s)
         for slot in self.slots.values():
-            login.logout(slot)
-        with self.lock:
-            for member in self.members.values():
-                native.lib.ha_member_new_epoch(member.native)
-                if native.lib.ha_member_in_flight(member.native):
-                    self.stuck.add(member.name)
-        self.libraries.finalise(frozenset(self.stuck))
+            login.forget(slot, self.settings.recovery.budget_s)
         for member in self.members.values():
-            if member.name not in self.stuck:
+            if not self._is_stuck(member) and member.instance is not None and member.instance.foreign:
+                self._in_time(partial(self._depart, member))  # the host goes on with that library
+            native.lib.ha_member_new_epoch(member.native)
+        stuck = frozenset(name for name, member in self.members.items() if self._is_stuck(member))
+        self.libraries.finalise(stuck, self._in_time)
+        for name, member in self.members.items():
+            if name not in stuck:
                 native.lib.ha_member_free(member.native)
         self.log(Event("core.stopped"))
         self.log_target.close()
+
+    @staticmethod
+    def _is_stuck(member: Member) -> bool:
+        """Whether somebody is inside its library, perhaps for ever."""
+        return member.connecting or member.learning or bool(native.lib.ha_member_in_flight(member.native))
+
+    def _depart(self, member: Member) -> None:
+        for slot in self.slots_of(member):
+            native.lib.ha_slot_drain_pools_of(slot.native, slot.index(member))
+        member.depart()
+
+    def _in_time(self, work: Callable[[], None]) -> bool:
+        """Does the work, unless it hangs; whether it was done."""
+        try:
+            native.within(self.settings.recovery.budget_s, self.may_use_threads, work, lambda _error: None)
+        except OutOfTime:
+            return False
+        return True
 
 
 def start(flags: int) -> Core:

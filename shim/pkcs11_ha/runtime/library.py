@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,10 @@ class LibraryError(Exception):
 class Instance:
     """One initialised state of a library: a function list, and the members that live in it."""
 
-    def __init__(self, library: Any, path: str, config: MemberConfig, idle: list[Any] | None) -> None:
+    def __init__(self, library: Any, path: str, config: MemberConfig, idle: list[Instance] | None) -> None:
         self.library = library
         self.path = path
-        self.idle = idle  # where a private copy goes when nobody needs it
+        self.idle = idle  # where it waits for the next run, if it is memory for ever
         self.config = config
         self.members: set[str] = set()
         self.list: Any = None
@@ -37,6 +37,9 @@ class Instance:
         self.initialised = False
         self.foreign = False  # the host initialised it: it is not ours to finalise
         self.one_call_at_a_time = False
+        self.lock = (
+            threading.RLock()
+        )  # over its C_Initialize and C_Finalize: members in it start side by side
 
     def take_list(self) -> None:
         """Asks for the function list; some libraries answer with a new one each time."""
@@ -60,8 +63,11 @@ class Instance:
 
     def initialise(self, can_create_threads: bool) -> None:
         """C_Initialize; 0x191 means that the host uses this library too."""
-        if self.initialised:
-            return
+        with self.lock:
+            if not self.initialised:
+                self._initialise(can_create_threads)
+
+    def _initialise(self, can_create_threads: bool) -> None:
         flags = ck.CKF_OS_LOCKING_OK | (0 if can_create_threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS)
         reserved = native.ffi.NULL if self.config.init_args is None else native.text(self.config.init_args)
         function = self.pointer(INDEX["C_Initialize"])
@@ -81,10 +87,11 @@ class Instance:
         self.initialised = False
 
     def leave(self) -> None:
-        """The end of the run: a private copy is left for the next one."""
+        """The end of the run."""
         self.finalise()
+        self.members.clear()
         if self.idle is not None:
-            self.idle.append(self.library)
+            self.idle.append(self)
 
 
 class Libraries:
@@ -111,38 +118,53 @@ class Libraries:
             return instance
 
     def _load(self, config: MemberConfig, own: bool) -> Instance:
+        idle = None
+        if own or _is_bound_by_list(config):
+            idle = _idle.setdefault((_key(config.module), own, config.env), [])
+            if idle:
+                instance = idle.pop()
+                instance.config = config
+                return instance
         with environment(config):
-            idle = _idle.setdefault(_key(config.module), []) if own else None
             instance = Instance(_open(config.module, own), config.module, config, idle)
             instance.take_list()
         return instance
 
     def initialise(self, instance: Instance, config: MemberConfig) -> None:
         """Initialises an instance under its member's `env`."""
-        if any(name in os.path.basename(config.module) for name in _ENV_AT_LIST):
+        if _is_bound_by_list(config):
             instance.initialise(self.can_create_threads)
         else:
             with environment(config):
                 instance.initialise(self.can_create_threads)
 
+    def revive(self, instance: Instance, config: MemberConfig) -> None:
+        """Initialises it again after somebody has finalised it, unless a sibling has been quicker."""
+        foreign, instance.initialised = instance.foreign, False
+        self.initialise(instance, config)
+        instance.foreign = instance.foreign and foreign
+
     def restart(self, instance: Instance, config: MemberConfig) -> None:
-        """Finalises and takes a new list: how a library is made to forget a dead connection."""
+        """Finalises and initialises: how a library is made to forget a dead connection."""
         instance.finalise()
-        with environment(config):
-            instance.take_list()
         self.initialise(instance, config)
 
-    def finalise(self, stuck: frozenset[str]) -> None:
+    def finalise(self, stuck: frozenset[str], in_time: Callable[[Callable[[], None]], bool]) -> None:
         """Finalises every instance in which no call is stuck."""
         for instance in self.instances:
             if not instance.members & stuck:
-                instance.leave()
+                in_time(instance.leave)
 
 
 # Opened files stay open for the life of the process; a child of a fork must not use the parent's.
 _Key = tuple[int, int, int]
 _opened: dict[_Key, Any] = {}
-_idle: dict[_Key, list[Any]] = {}  # private copies without a user: used again, for each is memory for ever
+# Private copies, and lists that their library never takes back, between two runs.
+_idle: dict[tuple[_Key, bool, tuple[tuple[str, str], ...]], list[Instance]] = {}
+
+
+def _is_bound_by_list(config: MemberConfig) -> bool:
+    return any(name in os.path.basename(config.module) for name in _ENV_AT_LIST)
 
 
 def _key(path: str) -> _Key:
@@ -157,8 +179,6 @@ def _open(path: str, own: bool) -> Any:
     key = _key(path)
     if not own and key in _opened:
         return _opened[key]
-    if own and _idle.get(key):
-        return _idle[key].pop()
     why = native.ffi.new("char[512]")
     # In a child the library that the parent loaded has the parent's state, and locks that nobody will release.
     library = native.lib.ha_library_open(native.text(path), own or key[0] > 0, why, 512)
@@ -170,6 +190,17 @@ def _open(path: str, own: bool) -> Any:
 
 
 _environment_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """In a child, whose parent may have been in the middle of it in a thread that the child does not have."""
+    global _environment_lock  # noqa: PLW0603 (the old one may be held for ever)
+    _environment_lock = threading.Lock()
+    if native.lib is not None:
+        native.lib.ha_environ_restore()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

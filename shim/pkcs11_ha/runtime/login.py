@@ -13,7 +13,11 @@ from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefus
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 
-_TRIES = 3  # of a member whose answer says nothing about the PIN (SoftHSM stumbles over parallel logins)
+_TRIES = 3
+# What SoftHSM answers, by itself or behind a server, when several processes log in at once, without a look at the
+# PIN. Of any other answer, a vendor's own above all, nobody knows whether it cost a try.
+_STUMBLES = (ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_GENERAL_ERROR, ck.CKR_USER_PIN_NOT_INITIALIZED)
+_NOT_LOOKED_AT = (Code.DEAD, Code.SESSION, Code.LIBRARY)
 
 Lose = Callable[[Member, int, str, int], None]
 
@@ -46,9 +50,7 @@ def login_member(member: Member, user: int, pin: Pin) -> int:
             pin = Pin(native.lib.ha_secret_bytes(own), native.lib.ha_secret_size(own))
         for _ in range(_TRIES):
             rv = member.login(user, pin.pointer, pin.size)
-            if rv in PIN_REFUSED or rv in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
-                break
-            if member.code(rv) not in (Code.DEAD, Code.SUSPECT) and rv != ck.CKR_USER_PIN_NOT_INITIALIZED:
+            if rv not in _STUMBLES:
                 break
         return rv
     finally:
@@ -58,30 +60,36 @@ def login_member(member: Member, user: int, pin: Pin) -> int:
 
 def restore(slot: VirtualSlot, member: Member) -> None:
     """Logs a member in or out, as its slot is; raises ConnectError, PinRefused if it must not be tried again."""
-    if slot.user == NOBODY:
+    user = slot.user
+    if user == NOBODY:
         leave(slot, member)
-    if slot.user == NOBODY or slot.id in member.logins:
+    if user == NOBODY or slot.id in member.logins:
         return
-    if slot.secret is None and member.config.pin_source is None:
-        raise ConnectError(ck.CKR_USER_NOT_LOGGED_IN, "logged in without a PIN that could be kept")
-    secret = slot.secret
-    pin = Pin(native.ffi.NULL, 0)
-    if secret is not None:
-        pin = Pin(native.lib.ha_secret_bytes(secret), native.lib.ha_secret_size(secret))
-    rv = login_member(member, slot.user, pin)
-    if rv in PIN_REFUSED:
-        raise PinRefused(rv, f"C_Login answers {ck.rv_name(rv)}")
+    with slot.pin_copy() as secret:
+        if secret is None and (member.config.pin_source is None or user == ck.CKU_SO):
+            raise ConnectError(ck.CKR_USER_NOT_LOGGED_IN, "logged in without a PIN that could be kept")
+        pin = Pin(native.ffi.NULL, 0)
+        if secret is not None:
+            pin = Pin(native.lib.ha_secret_bytes(secret), native.lib.ha_secret_size(secret))
+        rv = login_member(member, user, pin)
     if rv not in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
-        raise ConnectError(rv, f"C_Login answers {ck.rv_name(rv)}")
+        kind = PinRefused if _may_have_cost_a_try(member, rv) else ConnectError
+        raise kind(rv, f"C_Login answers {ck.rv_name(rv)}")
     member.logins.add(slot.id)
 
 
-def leave(slot: VirtualSlot, member: Member) -> None:
+def _may_have_cost_a_try(member: Member, rv: int) -> bool:
+    """Whether the PIN may have been refused; codes of a vendor's own can mean anything."""
+    return member.code(rv) not in _NOT_LOOKED_AT and rv not in (ck.CKR_DEVICE_ERROR, *_STUMBLES)
+
+
+def leave(slot: VirtualSlot, member: Member) -> int:
     """Logs a member out, unless it serves another slot that is logged in: a token has one login."""
     if slot.id in member.logins:
         member.logins.discard(slot.id)
         if not member.logins:
-            member.logout()
+            return member.logout()
+    return ck.CKR_OK
 
 
 def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[Member, int], None]) -> None:
@@ -99,10 +107,12 @@ def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[
             _make_way_for_so(slot)
         _verify(slot, user, pin, lose)
         slot.user = user
-        if pin.pointer != native.ffi.NULL:
-            slot.secret = native.lib.ha_secret_new(pin.pointer, pin.size) or None
+        slot.keep_pin(pin.pointer, pin.size)
         for member in [m for m in slot.up() if slot.id not in m.logins]:
             _follow(slot, member, user, pin, lose, refuse)
+        if not any(slot.id in member.logins for member in slot.members):
+            logout(slot, lose)
+            raise CkError(ck.CKR_DEVICE_ERROR)  # each member has a PIN of its own, and none took it
         slot.publish_login()
     slot.log(Event("login.succeeded", slot.face.label))
 
@@ -120,7 +130,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
     candidates = slot.up()
     if user == ck.CKU_USER:
         candidates = [m for m in candidates if m.config.pin_source is None]
-        if not candidates and slot.up():
+        if slot.up() and all(m.config.pin_source for m in slot.members):
             _verify_against_own(slot, pin)
             return
     for member in candidates:
@@ -132,7 +142,8 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
         if rv == ck.CKR_USER_ALREADY_LOGGED_IN:
             # The host is logged in on this token by itself: the PIN is still to be verified.
             continue
-        if member.code(rv) in (Code.DEAD, Code.SUSPECT, Code.SESSION, Code.LIBRARY):
+        code = member.code(rv)
+        if code in _NOT_LOOKED_AT or (code is Code.SUSPECT and not member.probe()):
             lose(member, rv, "C_Login", epoch)
             continue
         slot.log(Event("login.refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
@@ -174,14 +185,27 @@ def _follow(
         lose(member, rv, "C_Login", epoch)
 
 
-def logout(slot: VirtualSlot) -> None:
-    """C_Logout: private objects become invisible, the PIN is wiped (PKCS#11 5.6.9).  Never fails for a member."""
+def forget(slot: VirtualSlot, patience_s: float) -> None:
+    """Wipes the PIN at the end of a run, though a login that hangs may hold the lock for ever."""
+    locked = slot.login_lock.acquire(timeout=patience_s)
+    slot.user = NOBODY
+    slot.keep_pin(native.ffi.NULL, 0)
+    if locked:
+        slot.login_lock.release()
+
+
+def logout(slot: VirtualSlot, lose: Lose) -> None:
+    """C_Logout: private objects become invisible, the PIN is wiped (PKCS#11 5.6.9).
+
+    A member that does not log out is lost: its token would stay open without anybody being logged in.
+    """
     with slot.login_lock:
         slot.user = NOBODY
         slot.publish_login()
-        if slot.secret is not None:
-            native.lib.ha_secret_wipe(slot.secret)
-            slot.secret = None
+        slot.keep_pin(native.ffi.NULL, 0)
         slot.objects.drop_if(lambda known: known.identity.private)
         for member in slot.up():
-            leave(slot, member)
+            epoch = member.epoch
+            rv = leave(slot, member)
+            if rv not in (ck.CKR_OK, ck.CKR_USER_NOT_LOGGED_IN):
+                lose(member, rv, "C_Logout", epoch)

@@ -75,6 +75,7 @@ class Member:
         self.service = threading.RLock()  # of the service session: held over its calls
         self.session: int = 0  # kept open so that the login and the handles outlive other sessions
         self.logins: set[int] = set()  # virtual slots that are logged in on this member
+        self.replacer: int | None = None  # the thread that is restarting the library: no other may call it
         self.connecting = False  # an attempt is under way, perhaps beyond its budget
         self.learning = False  # somebody is asking it for its token information
         self._clean = native.ffi.new("unsigned char[]", codes.clean_table(self.profile))
@@ -96,6 +97,9 @@ class Member:
         guard = native.ffi.new("ha_call *")
         if not native.lib.ha_member_enter(self.native, self.epoch, guard):
             return ck.CKR_DEVICE_REMOVED
+        if self.replacer not in (None, threading.get_ident()):
+            native.lib.ha_member_leave(self.native, guard)
+            return ck.CKR_DEVICE_REMOVED
         try:
             return int(native.ffi.cast(f"CK_{name}", function)(*arguments))
         finally:
@@ -112,14 +116,25 @@ class Member:
 
         Raises ConnectError.  The member serves nobody yet: logging in and matching objects come next.
         """
+        self.replacer = threading.get_ident()
+        try:
+            self._connect(libraries, budget_s)
+        finally:
+            self.replacer = None
+
+    def _connect(self, libraries: Libraries, budget_s: float) -> None:
+        native.lib.ha_member_new_epoch(self.native)  # from here on, handles of before are turned away
+        fresh = True
         try:
             if self.instance is None:
                 self.instance = libraries.instance_for(self.config)
                 libraries.initialise(self.instance, self.config)
             elif self._may_restart(budget_s):
                 libraries.restart(self.instance, self.config)
-            elif not self.instance.initialised:
-                libraries.initialise(self.instance, self.config)
+            elif not self.instance.initialised or self._is_finalised():
+                libraries.revive(self.instance, self.config)
+            else:
+                fresh = self.instance.foreign
         except LibraryError as error:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, str(error)) from None
         instance = self.instance
@@ -131,7 +146,10 @@ class Member:
         native.lib.ha_member_new_epoch(self.native)
         self.session = 0
         self.logins.clear()
-        native.lib.ha_member_slot(self.native, self._find_slot())
+        slot = self._find_slot()
+        native.lib.ha_member_slot(self.native, slot)
+        if not fresh:
+            self.call("C_CloseAllSessions", slot)  # those of its life before, and the login with them
         self.learn()
         self.mechanisms = dict.fromkeys(self._mechanism_types())
         self._open_service_session()
@@ -148,6 +166,10 @@ class Member:
                 raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")
             time.sleep(_QUIET_STEP_S)
         return True
+
+    def _is_finalised(self) -> bool:
+        """Whether somebody else, the host perhaps, has finalised the library."""
+        return self.call("C_GetInfo", native.ffi.new("CK_INFO *")) == ck.CKR_CRYPTOKI_NOT_INITIALIZED
 
     def _find_slot(self) -> int:
         """The slot whose token the configuration selects; slot ids move, so it is looked for each time."""
@@ -261,9 +283,33 @@ class Member:
     # ---- login ----
 
     def login(self, user: int, pin: Any, size: int) -> int:
-        """One C_Login on the service session; what the member says.  Never called twice with a refused PIN."""
+        """One C_Login on the service session, renewed if the member has forgotten it; what the member says.
+
+        Raises ConnectError.
+        """
         with self.service:
-            return self.call("C_Login", self.session, user, pin, size)
+            rv = self.call("C_Login", self.session, user, pin, size)
+            if self.code(rv) is codes.Code.SESSION:  # the PIN was not looked at
+                self._open_service_session()
+                rv = self.call("C_Login", self.session, user, pin, size)
+            return rv
+
+    def is_logged_in(self) -> bool:
+        """Whether the token still knows of a login; opens the service session anew if it forgot that.
+
+        Raises ConnectError.
+        """
+        info = native.ffi.new("CK_SESSION_INFO *")
+        with self.service:
+            rv = self.call("C_GetSessionInfo", self.session, info)
+            if self.code(rv) is codes.Code.SESSION:
+                self._open_service_session()
+                rv = self.call("C_GetSessionInfo", self.session, info)
+        return rv != ck.CKR_OK or info.state not in (ck.CKS_RO_PUBLIC_SESSION, ck.CKS_RW_PUBLIC_SESSION)
+
+    def depart(self) -> None:
+        """Closes what the core has opened in a library that is not ours to finalise."""
+        self.call("C_CloseSession", self.session)
 
     def logout(self) -> int:
         with self.service:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pkcs11_ha import ck
@@ -65,8 +66,13 @@ class OutOfTime(Exception):
     """A piece of work did not end within its budget; it may still be under way."""
 
 
-def within(budget_s: float, may_use_threads: bool, work: Callable[[], T], late: Callable[[], None]) -> T:
-    """Does `work`, at most so long; raises OutOfTime and calls `late` when it ends after all.
+def within(
+    budget_s: float,
+    may_use_threads: bool,
+    work: Callable[[], T],
+    late: Callable[[BaseException | None], None],
+) -> T:
+    """Does `work`, at most so long; raises OutOfTime, and `late` is told how it ended when it ends after all.
 
     A call into a vendor library cannot be taken back, so the work has a thread of its own.  Where the
     application forbids threads (CKF_LIBRARY_CANT_CREATE_OS_THREADS) it is done here, without a bound.
@@ -88,10 +94,11 @@ def within(budget_s: float, may_use_threads: bool, work: Callable[[], T], late: 
             ended.set()
             too_late = abandoned
         if too_late:
-            late()
+            late(errors[0] if errors else None)
 
     start_thread(body, "pkcs11-ha member")
-    ended.wait(budget_s)
+    with suppress(BaseException):  # Ctrl-C in a Python host: the work goes on, and is no longer waited for
+        ended.wait(budget_s)
     with lock:
         if not ended.is_set():
             abandoned = True

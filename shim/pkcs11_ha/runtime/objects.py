@@ -35,12 +35,15 @@ class VirtualObject:
     handle: int
     identity: Identity
     session: int = 0  # of a session object: the virtual session that made it
+    template: tuple[Any, list[Any]] | None = None  # of a public session object: how to make it once more
     at: dict[int, Binding] = field(default_factory=dict)  # by member index
     absent: int = 0  # members that are known not to have it, as a mask
     used: bool = False  # it was: before that, whichever key of its name is at hand is the one that is meant
     homes: int = 0  # members on which it was used or proven, as a mask
     proof: Proof | None = None  # how it was proven last, and
     evidence: bytes | None = None  # what it showed
+    made_here: bool = False  # by a call of this process: no namesake elsewhere is it unless that is proven
+    proving: threading.RLock = field(default_factory=threading.RLock)  # held over calls, before any `service`
     refuted: set[tuple[int, int, int]] = field(
         default_factory=set
     )  # (member, epoch, handle) that is another key
@@ -58,7 +61,6 @@ class ObjectMap:
         self.log = log
         self.lock = threading.RLock()  # of the tables below; never held over a call to a member
         self.returning: set[int] = set()  # members whose objects are being matched
-        self.proving = threading.Lock()  # one proof at a time; held over calls
         self.objects: dict[int, VirtualObject] = {}
         self.by_name: dict[Name, list[VirtualObject]] = {}
         self.by_member: list[dict[tuple[int, int], VirtualObject]] = [{} for _ in members]
@@ -132,25 +134,49 @@ class ObjectMap:
             if known is not None:
                 self._unbind(known, index)
 
+    def gives_up_claims(self, known: VirtualObject, index: int) -> bool:
+        """Drops what is unproven elsewhere; whether the object is proven on this member."""
+        with self.lock:
+            for other in [i for i, b in known.at.items() if not b.proven and i != index]:
+                self._unbind(known, other)
+            self._publish(known)
+            return index in known.at and known.at[index].proven
+
     def drop_if(self, condition: Callable[[VirtualObject], bool]) -> None:
         """Drops what dies with a session, a login or a member."""
         with self.lock:
             for known in [known for known in self.objects.values() if condition(known)]:
                 self.drop(known)
 
+    def session_lost(self, session: int, index: int) -> None:
+        """Session objects that a session made on a member die with its counterpart there."""
+        with self.lock:
+            for known in [k for k in self.objects.values() if k.session == session and index in k.at]:
+                self._gone_from(known, index)
+
+    def _gone_from(self, known: VirtualObject, index: int) -> None:
+        self._unbind(known, index)
+        known.absent |= 1 << index
+        if known.at or known.template is not None:
+            self._publish(known)
+        else:
+            self.drop(known)
+
     def member_lost(self, index: int) -> None:
-        """Session objects die with the member's sessions."""
-        self.drop_if(lambda known: not known.identity.token and index in known.at)
+        """Session objects die with the member's sessions, but live on where else they were made."""
+        with self.lock:
+            for known in [k for k in self.objects.values() if not k.identity.token and index in k.at]:
+                self._gone_from(known, index)
 
     # ---- recognising ----
 
-    def recognise(self, index: int, session: int, handles: Sequence[int]) -> list[int]:
+    def recognise(self, index: int, epoch: int, session: int, handles: Sequence[int]) -> list[int]:
         """Virtual handles for what a member found; 0 for what applications do not see.  Raises CkError.
 
         Claims are proven at once, while both members are there to ask, unless there are many of them: a member may
         be gone when the object is used first.
         """
-        member, epoch = self.members[index], self.members[index].epoch
+        member = self.members[index]
         result = []
         claims = []
         for handle in handles:
@@ -164,7 +190,9 @@ class ObjectMap:
                         result.append(0)  # destroyed since it was found
                         continue
                     raise
-                known = self._place(index, epoch, handle, identity)
+                self._same_life(member, epoch)
+                known = self._by_what_it_shows(index, epoch, handle, identity)
+                known = known or self._place(index, epoch, handle, identity)
                 if known and not known.at[index].proven:
                     claims.append(known)
             result.append(known.handle if known else 0)
@@ -172,6 +200,28 @@ class ObjectMap:
             self.handle_at(known, index)
             result = [self._now(index, epoch, handle, v) for handle, v in zip(handles, result, strict=True)]
         return result
+
+    def _by_what_it_shows(
+        self, index: int, epoch: int, handle: int, identity: Identity
+    ) -> VirtualObject | None:
+        """Which of several objects of its name a key is; None where that does not tell."""
+        with self.lock:
+            _, several = self._candidates(index, epoch, handle, identity)
+        if len(several) < 2 or self.tombstones[index]:
+            return None
+        for known in several:
+            with known.proving:
+                for other in list(known.at):
+                    self._witness(known, other)
+                if not (
+                    known.proof and known.evidence and self._run(known.proof, index, handle) == known.evidence
+                ):
+                    continue
+            with self.lock:
+                if not self._is_current(index, known.at.get(index)):  # else another search has been quicker
+                    self._bind(known, index, epoch, handle, proven=True)
+                    return known
+        return None
 
     def _now(self, index: int, epoch: int, handle: int, virtual: int) -> int:
         """What a member object stands for after claims were settled: one of its own if its claim was taken back."""
@@ -185,8 +235,10 @@ class ObjectMap:
             known = self.by_member[index].get((epoch, handle))
             if known:
                 return known
-            if any(compare(t.identity, identity) is not Match.DIFFERENT for t in self.tombstones[index]):
-                return None
+            for buried in self.tombstones[index]:
+                refuted = (index, epoch, handle) in buried.refuted
+                if not refuted and compare(buried.identity, identity) is not Match.DIFFERENT:
+                    return None
             same, unproven = self._candidates(index, epoch, handle, identity)
             if same:
                 self._bind(same[0], index, epoch, handle, proven=True)
@@ -217,20 +269,36 @@ class ObjectMap:
             [known for known, match in verdicts if match is Match.UNPROVEN],
         )
 
-    def adopt(self, index: int, session: int, handle: int, owner: int) -> VirtualObject:
-        """A new object that a call made on one member."""
-        member, epoch = self.members[index], self.members[index].epoch
+    def adopt(self, index: int, epoch: int, session: int, handle: int, owner: int) -> VirtualObject:
+        """A new object that a call made on one member, in that epoch of it.  Raises CkError."""
+        member = self.members[index]
         identity = attributes.who(member, session, handle)
+        self._same_life(member, epoch)
         with self.lock:
+            self._unearth(index, identity)
             new = self._new(identity, 0 if identity.token else owner)
+            new.made_here = True
             new.absent = ((1 << len(self.members)) - 1) & ~(1 << index)
             self._bind(new, index, epoch, handle, proven=True)
         return new
 
-    def also_at(self, known: VirtualObject, index: int, handle: int) -> None:
-        """The same object, made on one more member by the same call."""
+    def also_at(self, known: VirtualObject, index: int, epoch: int, handle: int) -> None:
+        """The same object, made on one more member by the same call, in that epoch of it."""
         with self.lock:
-            self._bind(known, index, self.members[index].epoch, handle, proven=True)
+            self._unearth(index, known.identity)
+            self._bind(known, index, epoch, handle, proven=True)
+
+    def _unearth(self, index: int, identity: Identity) -> None:
+        """What is made again is not to be destroyed for the one before it."""
+        self.tombstones[index] = [
+            t for t in self.tombstones[index] if compare(t.identity, identity) is Match.DIFFERENT
+        ]
+
+    @staticmethod
+    def _same_life(member: Member, epoch: int) -> None:
+        """Numbers read meanwhile would be of another life of the member, and mean something else."""
+        if member.epoch != epoch:
+            raise CkError(ck.CKR_DEVICE_ERROR, f"member {member.name} changed meanwhile", member)
 
     def renew(self, known: VirtualObject, index: int, session: int) -> None:
         """Reads the identity again after its attributes were changed."""
@@ -265,7 +333,7 @@ class ObjectMap:
                 self._publish(known)
                 assert binding
                 return binding.handle
-        with self.proving:
+        with known.proving:
             self._search(known, index)
             for other in [i for i, b in list(known.at.items()) if not b.proven]:
                 if self._is_current(other, known.at.get(other)):
@@ -333,9 +401,10 @@ class ObjectMap:
         self._place(index, binding.epoch, binding.handle, identity)  # it is an object of its own
 
     def _prove(self, known: VirtualObject, index: int, handle: int) -> bool | None:
-        """Whether it is the same key; None if the member that could tell is away."""
+        """Whether it is the same key; None if that cannot be told now."""
         if known.proof is not None and known.evidence is not None:
-            return self._run(known.proof, index, handle) == known.evidence
+            shown = self._run(known.proof, index, handle)
+            return None if shown is None else shown == known.evidence
         reference = next(
             (i for i, b in known.at.items() if b.proven and i != index and self._is_current(i, b)), None
         )
@@ -345,15 +414,17 @@ class ObjectMap:
         proof = self._plan(known, reference, own, index, handle)
         if proof is None:
             return self._vouched(known, reference, own, index, handle)
-        shown = self._run(proof, reference, own)
-        if shown is None or shown != self._run(proof, index, handle):
+        shown, other = self._run(proof, reference, own), self._run(proof, index, handle)
+        if shown is None or other is None:
+            return None
+        if shown != other:
             return False
         known.proof, known.evidence = proof, shown
         return True
 
     def _proves_itself(self, known: VirtualObject, index: int, handle: int) -> bool:
         """Without a member to compare with: it was not used yet, or it is back where it was and can show nothing."""
-        if not known.used:
+        if not known.used and not known.made_here:
             return True
         alone = known.evidence is None and known.homes == 1 << index
         return alone and self._plan(known, index, handle, index, handle) is None
@@ -452,13 +523,13 @@ class ObjectMap:
         try:
             with member.service:
                 found = attributes.find(member, member.session, [(ck.CKA_TOKEN, b"\1")])
-                self._bury(index, found)
-                self.recognise(index, member.session, found)
+            self._bury(index, found)
+            self.recognise(index, member.epoch, member.session, found)
         finally:
             self.returning.discard(index)
         with self.lock:
             for known in self.objects.values():
-                if index not in known.at:
+                if index not in known.at and known.template is None:
                     known.absent |= 1 << index
                 self._publish(known)
 
@@ -466,17 +537,22 @@ class ObjectMap:
         """Destroys on a returned member what was destroyed while it was away, where that is proven."""
         member = self.members[index]
         for handle in found if self.tombstones[index] else ():
-            identity = attributes.who(member, member.session, handle)
+            with member.service:
+                identity = attributes.who(member, member.session, handle)
             for known in list(self.tombstones[index]):
                 match = compare(known.identity, identity)
                 if match is Match.UNPROVEN and known.proof and known.evidence:
-                    match = Match.SAME if self._run(known.proof, index, handle) == known.evidence else match
+                    shown = self._run(known.proof, index, handle)
+                    if shown is not None:
+                        match = Match.SAME if shown == known.evidence else Match.DIFFERENT
+                if match is Match.DIFFERENT:
+                    known.refuted.add((index, member.epoch, handle))
                 if match is Match.SAME:
-                    native.check(
-                        member.call("C_DestroyObject", member.session, handle), "destroying what is gone"
-                    )
-                    with self.lock:
-                        self.tombstones[index].remove(known)
+                    if member.call("C_DestroyObject", member.session, handle) == ck.CKR_OK:
+                        with self.lock:
+                            self.tombstones[index].remove(known)
+                    else:
+                        self._event("object.ambiguous", index, identity)  # hidden: it cannot be destroyed
                     break
                 if match is Match.UNPROVEN:
                     self._event("object.ambiguous", index, identity)  # hidden, and left to the operator

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,34 @@ class VirtualSlot:
         self.login_lock = threading.RLock()  # held over a fan-out of C_Login and its kin
         self.user: int = NOBODY
         self.secret: Any = None  # ha_secret of the application's PIN, while it is logged in
+        self.secret_lock = threading.Lock()  # of `secret`: a member that returns may be about to use it
         self.last_flags = (
             ck.CKF_TOKEN_INITIALIZED | ck.CKF_LOGIN_REQUIRED | ck.CKF_USER_PIN_INITIALIZED | ck.CKF_RNG
         )
+
+    def keep_pin(self, pointer: Any, size: int) -> None:
+        """Keeps a PIN for members that return, instead of the one before; NULL: none any more."""
+        with self.secret_lock:
+            if self.secret is not None:
+                native.lib.ha_secret_wipe(self.secret)
+            self.secret = (
+                None if pointer == native.ffi.NULL else native.lib.ha_secret_new(pointer, size) or None
+            )
+
+    @contextmanager
+    def pin_copy(self) -> Iterator[Any]:
+        """The PIN that is kept, None without one: a copy, as a logout wipes the original whoever is using it."""
+        with self.secret_lock:
+            kept, copy = self.secret, None
+            if kept is not None:
+                copy = native.lib.ha_secret_new(
+                    native.lib.ha_secret_bytes(kept), native.lib.ha_secret_size(kept)
+                )
+        try:
+            yield copy or None
+        finally:
+            if copy:
+                native.lib.ha_secret_wipe(copy)
 
     def index(self, member: Member) -> int:
         return self.members.index(member)
@@ -91,7 +117,8 @@ class VirtualSlot:
         self.present = mask != 0
         if not self.published:
             before, self.published = mask, True  # the start is no change
-        native.lib.ha_slot_serving(self.native, mask)
+        there = sum(1 << i for i, m in enumerate(self.members) if m.state is MemberState.UP)
+        native.lib.ha_slot_serving(self.native, mask, there)
         native.lib.ha_slot_check_at(self.native, check_at_ns)
         for index, member in enumerate(self.members):
             if self._is_standby(index) and (mask ^ before) >> index & 1:

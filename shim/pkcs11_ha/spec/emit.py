@@ -33,6 +33,7 @@ _QUESTIONS = {
     "adopt": "ha_call *call, CK_OBJECT_HANDLE made, CK_OBJECT_HANDLE *object",
     "identify": "ha_call *call, CK_OBJECT_HANDLE *found, size_t count, CK_OBJECT_HANDLE *objects",
     "session_closing": "ha_session *session",
+    "session_objects_lost": "ha_session *session, int member",
     "last_session_closed": "ha_slot *slot",
     "initialize": "CK_FLAGS flags",
     "stopping": "void",
@@ -247,7 +248,6 @@ def _rows(prototypes: Prototypes) -> str:
             f".primary = {str(row.primary).lower()}",
             f".gathers = {str(row.effect is Effect.CREATE or row.name == 'C_DigestInit').lower()}",
             f".keep = {str(_replayable(row)).lower()}",
-            f".optional_objects = {str(row.name == 'C_SetOperationState').lower()}",
         ]
         if bad:
             fields.append(f".bad_object = {{{', '.join(bad)}}}")
@@ -315,7 +315,7 @@ def functions_header(prototypes: Prototypes) -> str:
         f"enum {{\n{numbers}\n    HA_FUNCTIONS\n}};\n\n"
         f"enum {{\n{counts}\n    HA_OPS = {len(OPERATIONS)},\n    HA_ROW_OBJECTS = {objects}\n}};\n\n"
         f"enum {{ {phases} }};\n\n"
-        "struct ha_row {\n    uint32_t ops;\n    uint8_t phase;\n    bool primary, gathers, keep, optional_objects;\n"
+        "struct ha_row {\n    uint32_t ops;\n    uint8_t phase;\n    bool primary, gathers, keep;\n"
         "    uint16_t bad_object[HA_ROW_OBJECTS];\n};\n\n"
         "extern const unsigned ha_init_rows[HA_OPS];\nextern const CK_FLAGS ha_cancel_flags[HA_OPS];\n\n"
         f"#define HA_FUNCTION_NAMES(F) \\\n{names}\n\n#define HA_NATIVE_FUNCTIONS(F) \\\n{native}\n\n#endif\n"
