@@ -62,7 +62,9 @@ def test_write_or_pin_that_may_have_been_done_is_never_repeated(judged: Judged) 
         writes = answer.effect in (Effect.WRITE, Effect.CREDENTIAL) or (
             answer.effect is Effect.CREATE and answer.makes_token_objects
         )
-        ambiguous = answer.code in AMBIGUOUS or (answer.code is Code.SESSION and Code.SESSION in answer.repaired)
+        ambiguous = answer.code in AMBIGUOUS or (
+            answer.code is Code.SESSION and Code.SESSION in answer.repaired
+        )
         return not (writes and ambiguous and answer.sent) or verdict in ENDS - {Verdict.ANSWER}
 
     assert not broken(judged, once)
@@ -125,8 +127,10 @@ def test_pin_is_not_sent_again_for_an_application_that_is_not_logged_in(judged: 
 def test_second_operation_is_refused_where_the_application_has_begun_it_itself(judged: Judged) -> None:
     assert not broken(
         judged,
-        lambda a, v: not (a.code is Code.OPERATION and a.phase is Phase.INIT and a.other_operations)
-        or v is Verdict.ANSWER,
+        lambda a, v: (
+            not (a.code is Code.OPERATION and a.phase is Phase.INIT and a.other_operations)
+            or v is Verdict.ANSWER
+        ),
     )
 
 

@@ -181,10 +181,16 @@ class World:
         """As a log."""
 
     def core(
-        self, *members: str, interval_s: float = 60, attempts: int = -1, budget_s: float = 5, threads: bool = False
+        self,
+        *members: str,
+        interval_s: float = 60,
+        attempts: int = -1,
+        budget_s: float = 5,
+        threads: bool = False,
     ) -> Core:
         text = "\n".join(
-            f'[[member]]\nname = "{name}"\nmodule = "/none"\ntoken = "pkcs11:token={name}"' for name in members
+            f'[[member]]\nname = "{name}"\nmodule = "/none"\ntoken = "pkcs11:token={name}"'
+            for name in members
         )
         text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {list(members)}'
         text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}\nbudget_s = {budget_s}"

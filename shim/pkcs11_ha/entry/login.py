@@ -24,7 +24,7 @@ def _login(handle: int, user: int, pin: Any, size: int) -> int | None:
     if user not in (ck.CKU_USER, ck.CKU_SO):
         raise CkError(ck.CKR_USER_TYPE_INVALID)
     core = current()
-    login.login(slot, user, Pin(pin, size), core.lose, core.refuse)
+    login.login(slot, user, Pin(pin, size), core.lose, core.refuse, core.in_time)
     return None
 
 
@@ -52,7 +52,8 @@ def _logout(handle: int) -> None:
         raise CkError(ck.CKR_USER_NOT_LOGGED_IN)
     if not slot.up():
         raise CkError(ck.CKR_DEVICE_ERROR)
-    login.logout(slot, current().lose)
+    core = current()
+    login.logout(slot, core.lose, core.in_time)
 
 
 def _everybody(slot: VirtualSlot, call: str) -> list[Member]:

@@ -334,7 +334,7 @@ def session_objects_lost(session: Any, index: int) -> None:
 def last_session_closed(native_slot: Any) -> None:
     """Closing the last session logs out (PKCS#11 5.6.2); at C_Finalize the libraries' own does."""
     if not current().stopping:
-        login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)), current().lose)
+        login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)), current().lose, current().in_time)
 
 
 HANDLERS: dict[str, Callable[..., int | None]] = {

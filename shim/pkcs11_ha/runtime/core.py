@@ -300,10 +300,10 @@ class Core:
             login.forget(slot, self.settings.recovery.budget_s)
         for member in self.members.values():
             if not self._is_stuck(member) and member.instance is not None and member.instance.foreign:
-                self._in_time(partial(self._depart, member))  # the host goes on with that library
+                self.in_time(partial(self._depart, member))  # the host goes on with that library
             native.lib.ha_member_new_epoch(member.native)
         stuck = frozenset(name for name, member in self.members.items() if self._is_stuck(member))
-        self.libraries.finalise(stuck, self._in_time)
+        self.libraries.finalise(stuck, self.in_time)
         for name, member in self.members.items():
             if name not in stuck:
                 native.lib.ha_member_free(member.native)
@@ -320,7 +320,7 @@ class Core:
             native.lib.ha_slot_drain_pools_of(slot.native, slot.index(member))
         member.depart()
 
-    def _in_time(self, work: Callable[[], None]) -> bool:
+    def in_time(self, work: Callable[[], None]) -> bool:
         """Does the work, unless it hangs; whether it was done."""
         try:
             native.within(self.settings.recovery.budget_s, self.may_use_threads, work, lambda _error: None)

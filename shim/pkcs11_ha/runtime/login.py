@@ -20,6 +20,7 @@ _STUMBLES = (ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_GENERAL_ERROR, ck.CKR_USER_PIN_NOT
 _NOT_LOOKED_AT = (Code.DEAD, Code.SESSION, Code.LIBRARY)
 
 Lose = Callable[[Member, int, str, int], None]
+InTime = Callable[[Callable[[], None]], bool]
 
 
 class Pin:
@@ -92,11 +93,24 @@ def leave(slot: VirtualSlot, member: Member) -> int:
     return ck.CKR_OK
 
 
-def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[Member, int], None]) -> None:
+def _leave_in_time(slot: VirtualSlot, member: Member, in_time: InTime) -> int:
+    answers: list[int] = []
+    done = in_time(lambda: answers.append(leave(slot, member)))
+    return answers[0] if done else ck.CKR_DEVICE_ERROR
+
+
+def login(
+    slot: VirtualSlot,
+    user: int,
+    pin: Pin,
+    lose: Lose,
+    refuse: Callable[[Member, int], None],
+    in_time: InTime,
+) -> None:
     """C_Login of CKU_USER or CKU_SO on a virtual slot (PKCS#11 5.6.8).  Raises CkError.
 
     `lose(member, rv, call, epoch)` drops a member that failed, `refuse(member, rv)` one that alone refused a
-    PIN.
+    PIN; `in_time(work)` does it within the budget, or answers False.
     """
     with slot.login_lock:
         if slot.user != NOBODY:
@@ -111,7 +125,7 @@ def login(slot: VirtualSlot, user: int, pin: Pin, lose: Lose, refuse: Callable[[
         for member in [m for m in slot.up() if slot.id not in m.logins]:
             _follow(slot, member, user, pin, lose, refuse)
         if not any(slot.id in member.logins for member in slot.members):
-            logout(slot, lose)
+            logout(slot, lose, in_time)
             raise CkError(ck.CKR_DEVICE_ERROR)  # each member has a PIN of its own, and none took it
         slot.publish_login()
     slot.log(Event("login.succeeded", slot.face.label))
@@ -194,10 +208,11 @@ def forget(slot: VirtualSlot, patience_s: float) -> None:
         slot.login_lock.release()
 
 
-def logout(slot: VirtualSlot, lose: Lose) -> None:
+def logout(slot: VirtualSlot, lose: Lose, in_time: InTime) -> None:
     """C_Logout: private objects become invisible, the PIN is wiped (PKCS#11 5.6.9).
 
-    A member that does not log out is lost: its token would stay open without anybody being logged in.
+    A member that does not log out, or not in time, is lost: its token would stay open without anybody being
+    logged in.
     """
     with slot.login_lock:
         slot.user = NOBODY
@@ -206,6 +221,6 @@ def logout(slot: VirtualSlot, lose: Lose) -> None:
         slot.objects.drop_if(lambda known: known.identity.private)
         for member in slot.up():
             epoch = member.epoch
-            rv = leave(slot, member)
+            rv = _leave_in_time(slot, member, in_time)
             if rv not in (ck.CKR_OK, ck.CKR_USER_NOT_LOGGED_IN):
                 lose(member, rv, "C_Logout", epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -75,9 +76,10 @@ def within(
     """Does `work`, at most so long; raises OutOfTime, and `late` is told how it ended when it ends after all.
 
     A call into a vendor library cannot be taken back, so the work has a thread of its own.  Where the
-    application forbids threads (CKF_LIBRARY_CANT_CREATE_OS_THREADS) it is done here, without a bound.
+    application forbids threads (CKF_LIBRARY_CANT_CREATE_OS_THREADS), and in a Python host that is ending, where
+    no thread starts any more, it is done here, without a bound.
     """
-    if not may_use_threads:
+    if not may_use_threads or sys.is_finalizing():
         return work()
     results: list[T] = []
     errors: list[BaseException] = []
