@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class GroupFactory(Protocol):
 @pytest.fixture(scope="session")
 def module() -> Path:
     """The module under test. A missing one is a failure: a skipped suite would look like a passed one."""
-    path = ROOT / "build" / "libpkcs11-ha.so"
+    path = Path(os.environ.get("PKCS11_HA_MODULE") or ROOT / "build" / "libpkcs11-ha.so")  # `make asan`
     if not path.exists():
         pytest.fail(f"{path} is missing: run `make build`")
     return path
