@@ -28,7 +28,6 @@ EVENTS = {
     "login.succeeded": "the application is logged in",
     "member.lost": "a member failed and is left out",
     "member.recovered": "a lost member is back: connected, logged in, its objects reconciled",
-    "member.suspected": "a member gave an answer that another member must confirm or refute",
     "object.ambiguous": "several objects of a member fit one virtual object, so none was chosen",
     "object.pinned": "an object has no counterpart elsewhere and is served by its own member only",
     "operation.lost": "an operation could not be continued on another member",

@@ -16,7 +16,7 @@ from tests.boundary.hosts import PATIENCE_S, environment, wait_until
 from tests.conftest import Group, GroupFactory
 
 
-@pytest.mark.parametrize("story", ["start", "end", "churn"])
+@pytest.mark.parametrize("story", ["start", "end", "churn", "logins"])
 def test_many_threads(story: str, program: Program, module: Path, signing: Group) -> None:
     """The stories are told in threads.c."""
     done = subprocess.run(

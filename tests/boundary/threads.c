@@ -4,6 +4,8 @@
  *   threads MODULE start   sixteen threads make their first call at once: one C_Initialize succeeds, all sign
  *   threads MODULE end     C_Finalize under eight threads at work, one waiting for an event: all calls come back
  *   threads MODULE churn   C_Initialize and C_Finalize thirty times under eight threads that call whatever happens
+ *   threads MODULE logins  eight threads open a session, log in, sign and close it, over and over: the last session
+ *                          that is closed logs out, and never under one that was opened before
  *
  * A call that hangs ends the program (SIGALRM).
  */
@@ -14,7 +16,7 @@
 
 #include "application.h"
 
-enum { MANY = 16, WORKERS = 8, ROUNDS = 10, LIVES = 30, SIGNATURES = 10, PATIENCE_S = 60 };
+enum { MANY = 16, WORKERS = 8, ROUNDS = 10, LIVES = 30, SIGNATURES = 10, LOGINS = 100, PATIENCE_S = 60 };
 
 static CK_FUNCTION_LIST *p11;
 static pthread_barrier_t barrier;
@@ -155,6 +157,22 @@ static void churn(void)
     MUST(p11->C_Finalize(NULL));
 }
 
+static void *log_in_again_and_again(void *unused)
+{
+    (void)unused;
+    for (unsigned k = 0; k < LOGINS; k++) sign_and_verify(p11, 1);
+    return NULL;
+}
+
+static void logins(void)
+{
+    pthread_t threads[WORKERS];
+    MUST(p11->C_Initialize(NULL));
+    for (unsigned k = 0; k < WORKERS; k++) pthread_create(&threads[k], NULL, log_in_again_and_again, NULL);
+    for (unsigned k = 0; k < WORKERS; k++) pthread_join(threads[k], NULL);
+    MUST(p11->C_Finalize(NULL));
+}
+
 int main(int argc, char **argv)
 {
     void *module = argc == 3 ? dlopen(argv[1], RTLD_NOW | RTLD_LOCAL) : NULL;
@@ -167,6 +185,7 @@ int main(int argc, char **argv)
     if (strcmp(argv[2], "start") == 0) start();
     if (strcmp(argv[2], "end") == 0) end();
     if (strcmp(argv[2], "churn") == 0) churn();
+    if (strcmp(argv[2], "logins") == 0) logins();
     puts("ok");
     return 0;
 }

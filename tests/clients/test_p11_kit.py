@@ -19,7 +19,7 @@ from tests.clients.test_hosts import must_sign, python
 
 SYSTEM = Path("/etc/pkcs11/modules")
 NAME = "pkcs11-ha-test"
-PROGRAMS = "p11-kit p11tool pkcs11-tool ssh-keygen python"
+PROGRAMS = f"p11-kit p11tool pkcs11-tool ssh-keygen {Path(sys.executable).name}"
 
 
 @contextmanager
@@ -113,7 +113,6 @@ def test_through_the_proxy_with_a_dead_member(behind: Killable, keys: Keys, dead
 def test_through_the_proxy_a_program_signs_on_when_a_member_dies(
     behind: Killable, keys: Keys, dead: str
 ) -> None:
-    assert Path(sys.executable).name.startswith("python")
     with python("pykcs11_host.py")(proxied(behind.token)) as program:
         assert program.hear() == "eckey rsakey"
         for _ in range(4):

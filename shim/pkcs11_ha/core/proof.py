@@ -20,7 +20,7 @@ class Operation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What to run on both members, once for each input; `same_key` compares the outputs.
+    """What to run on both members, once for each input; equal `evidence` of the outputs is one key.
 
     They are made with a key of the application: they go nowhere else, in particular into no log.
     """
@@ -137,15 +137,6 @@ def _private_proofs(key_type: int | None, ec_params: bytes) -> list[Proof]:
         parameter, length = _EDWARDS[spelling]
         return [Proof(Operation.SIGN, ck.CKM_EDDSA, parameter, _TEXTS, length)]
     return []
-
-
-def same_key(proof: Proof, outputs_one: Sequence[bytes], outputs_other: Sequence[bytes]) -> bool:
-    """Whether the outputs of two members, one for each input, prove that their keys are the same.
-
-    False proves nothing: it is also the answer to outputs that cannot be right.
-    """
-    one, other = evidence(proof, outputs_one), evidence(proof, outputs_other)
-    return one is not None and one == other
 
 
 def evidence(proof: Proof, outputs: Sequence[bytes]) -> bytes | None:

@@ -333,8 +333,11 @@ def session_objects_lost(session: Any, index: int) -> None:
 
 def last_session_closed(native_slot: Any) -> None:
     """Closing the last session logs out (PKCS#11 5.6.2); at C_Finalize the libraries' own does."""
-    if not current().stopping:
-        login.logout(slot_by_id(native.lib.ha_slot_id(native_slot)), current().lose, current().in_time)
+    slot = slot_by_id(native.lib.ha_slot_id(native_slot))
+    with slot.login_lock:
+        # Another thread may have opened a session since, and have logged in: it is the last one no more.
+        if not current().stopping and not native.lib.ha_slot_sessions(slot.native, False):
+            login.logout(slot, current().lose, current().in_time)
 
 
 HANDLERS: dict[str, Callable[..., int | None]] = {

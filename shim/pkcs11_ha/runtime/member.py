@@ -15,7 +15,6 @@ from pkcs11_ha.core import codes
 from pkcs11_ha.core.recovery import Outage
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.library import Instance, Libraries, LibraryError
-from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.spec.functions import INDEX
 
 _QUIET_STEP_S = 0.002
@@ -354,8 +353,3 @@ def profile_of(config: MemberConfig) -> str:
     if name.startswith("libsofthsm2"):
         return "softhsm"
     return "p11-kit" if name.startswith("p11-kit-client") else "generic"
-
-
-def raise_ck(error: ConnectError) -> CkError:
-    """A failed connection as an application sees it."""
-    return CkError(error.rv, str(error))

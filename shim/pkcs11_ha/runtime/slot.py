@@ -67,9 +67,6 @@ class VirtualSlot:
         self.user: int = NOBODY
         self.secret: Any = None  # ha_secret of the application's PIN, while it is logged in
         self.secret_lock = threading.Lock()  # of `secret`: a member that returns may be about to use it
-        self.last_flags = (
-            ck.CKF_TOKEN_INITIALIZED | ck.CKF_LOGIN_REQUIRED | ck.CKF_USER_PIN_INITIALIZED | ck.CKF_RNG
-        )
 
     def keep_pin(self, pointer: Any, size: int) -> None:
         """Keeps a PIN for members that return, instead of the one before; NULL: none any more."""
