@@ -37,14 +37,14 @@ static bool finish(ha_call *call, CK_RV rv)
     return false;
 }
 
-static __attribute__((noinline)) bool refuse(ha_call *call, CK_RV rv)
+static RARE bool refuse(ha_call *call, CK_RV rv)
 {
     if (call->session) ha_session_unlock(call->session);
     call->session = NULL;
     return finish(call, rv);
 }
 
-static __attribute__((noinline)) CK_RV check_objects(const ha_call *call, const struct ha_row *row)
+static RARE CK_RV check_objects(const ha_call *call, const struct ha_row *row)
 {
     for (unsigned i = 0; i < call->objects; i++)
         if (!ha_object_valid(call->object[i], call->slot)) return row->bad_object[i];
@@ -104,7 +104,7 @@ int ha_session_may_move(ha_session *session)
 }
 
 /* Handles of this call on its member. False: not known there, the core must look. */
-static bool resolve_objects(ha_call *call)
+static RARE bool resolve_objects(ha_call *call)
 {
     for (unsigned i = 0; i < call->objects; i++) {
         call->member_object[i] = ha_object_at(call->object[i], call->member, call->epoch);
@@ -113,7 +113,7 @@ static bool resolve_objects(ha_call *call)
     return true;
 }
 
-static uint32_t without_absent(const ha_call *call, uint32_t candidates)
+static RARE uint32_t without_absent(const ha_call *call, uint32_t candidates)
 {
     for (unsigned i = 0; i < call->objects; i++) candidates &= ~ha_object_absent_mask(call->object[i]);
     return candidates;
@@ -130,7 +130,7 @@ static uint32_t without_operation_keys(const ha_session *session, uint32_t candi
 
 /* What is made stands together, for a call can use only what one member has: a session's objects beside each other (and
  * beside the digest that may take such a key), those of the token on the first member. */
-static int choose(const ha_call *call, uint32_t may)
+static RARE int choose(const ha_call *call, uint32_t may)
 {
     const struct ha_row *row = &ha_rows[call->row];
     if (row->gathers && !call->creates_token && may & call->session->made) may &= call->session->made;
@@ -145,18 +145,19 @@ static inline bool route_at_once(ha_call *call)
     const ha_session *session = call->session;
     const ha_slot *slot = call->slot;
     if (call->tried || call->translate) return false;
-    if (is_bound(call)) {
+    const bool bound = is_bound(call);
+    if (bound) {
         call->member = session->member;
     } else {
         uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
         if (call->objects) may = without_absent(call, may);
         if (!may) return false;
-        call->member = choose(call, may);
+        call->member = may & (may - 1) ? choose(call, may) : __builtin_ctz(may);
     }
     ha_member *target = slot->member[call->member];
     call->epoch = atomic_load(&target->epoch);
     /* A member that is lost leaves `serving` before its epoch changes: seen in this order, the epoch is one it serves in. */
-    if (!is_bound(call) && !(atomic_load(&slot->serving) >> call->member & 1)) return false;
+    if (!bound && !(atomic_load(&slot->serving) >> call->member & 1)) return false;
     if (session->at[call->member].epoch != call->epoch || (call->objects && !resolve_objects(call))) return false;
     call->target = target;
     call->member_session = session->at[call->member].handle;
@@ -166,7 +167,7 @@ static inline bool route_at_once(ha_call *call)
 }
 
 /* Everything else: a member lost under an operation, an object not met there, no session yet, nobody left. */
-static __attribute__((noinline)) bool route_with_care(ha_call *call)
+static RARE bool route_with_care(ha_call *call)
 {
     ha_session *session = call->session;
     ha_slot *slot = call->slot;

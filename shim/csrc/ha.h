@@ -22,6 +22,7 @@
 
 #include "functions.gen.h" /* FN_C_*, HA_FUNCTIONS, struct ha_row, HA_OP_*, HA_PHASE_* */
 
+#define RARE __attribute__((noinline)) /* kept out of the usual path, which then needs fewer registers */
 #define HA_EXPORT __attribute__((visibility("default")))
 
 enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512, HA_LOAD_BITS = 20 };

@@ -15,7 +15,7 @@ static void wipe(void *bytes, size_t size)
     __asm__ volatile("" : : "r"(bytes) : "memory"); /* the stores may not be optimised away */
 }
 
-void ha_operation_wipe(struct ha_operation *operation)
+RARE void ha_operation_wipe(struct ha_operation *operation)
 {
     wipe(operation->parameter, operation->parameter_size);
     free(operation->parameter);
@@ -37,7 +37,7 @@ static void *get_pointer(const char *structure, size_t offset)
 }
 
 /* Keeps the parameter of an Init; operation->kept stays false where its layout is not known. */
-__attribute__((noinline)) void ha_mechanism_keep(struct ha_operation *operation)
+RARE void ha_mechanism_keep(struct ha_operation *operation)
 {
     const CK_MECHANISM *mechanism = &operation->mechanism;
     const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);

@@ -130,12 +130,12 @@ void ha_guard_leave(unsigned char guarded)
     if (guarded == 1) pthread_sigmask(SIG_UNBLOCK, &pipe, NULL);
 }
 
-void ha_wait_for_fork(void)
+RARE void ha_wait_for_fork(void)
 {
     while (atomic_load_explicit(&ha_forking, memory_order_acquire)) sched_yield();
 }
 
-bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
+RARE bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
 {
     if (member->one_call_at_a_time) {
         if (pthread_mutex_trylock(&member->one_call) != 0) { /* its holder may need the GIL to let go */
@@ -153,7 +153,7 @@ bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
     return true;
 }
 
-void ha_member_leave_specially(ha_member *member, ha_call *call)
+RARE void ha_member_leave_specially(ha_member *member, ha_call *call)
 {
     if (member->guard_sigpipe) ha_guard_leave(call->guarded);
     if (member->one_call_at_a_time) pthread_mutex_unlock(&member->one_call);

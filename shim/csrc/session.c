@@ -41,7 +41,7 @@ static uint32_t *low_half(ha_session *session)
 }
 
 /* Waits until the session is free and locks it. NULL: the handle is not (or no longer) this session's. */
-ha_session *ha_session_lock_slowly(ha_session *session, CK_SESSION_HANDLE handle)
+RARE ha_session *ha_session_lock_slowly(ha_session *session, CK_SESSION_HANDLE handle)
 {
     for (unsigned spin = 0;; spin++) {
         uint64_t word = atomic_load_explicit(&session->word, memory_order_relaxed);
@@ -67,7 +67,7 @@ static void set_word(ha_session *session, uint64_t word)
         syscall(SYS_futex, low_half(session), FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
-void ha_session_unlock_slowly(ha_session *session)
+RARE void ha_session_unlock_slowly(ha_session *session)
 {
     set_word(session, atomic_load_explicit(&session->word, memory_order_relaxed) & ~(HA_LOCKED | WAITERS));
 }

@@ -28,6 +28,7 @@
 #define FUNCTION_NUMBER(name, args) FN_##name,
 enum { CK_FUNCTIONS_2_40(FUNCTION_NUMBER) FUNCTIONS };
 
+enum { WAIT_US = 500, MOST_WAITS = 60000 }; /* 30 s: a test that fails must end, too */
 enum { OBJECTS = 64, ATTRIBUTES = 24, VALUE = 256, SESSIONS = 256, TOKENS = 8, TAG = 32, PIN_TRIES = 3 };
 
 /* ---- what the test sees: numbers of 64 bits, and text that ends with NUL ---- */
@@ -139,7 +140,7 @@ static void follow(struct rule *rule, struct visit *visit)
     rule->calls++;
     if (rule->sleep_us) wait_us(rule->sleep_us);
     rule->held++;
-    while (rule->hold) wait_us(500);
+    for (unsigned waits = 0; rule->hold && waits < MOST_WAITS; waits++) wait_us(WAIT_US);
     rule->held--;
     uint64_t left = rule->skip;
     while (left && !atomic_compare_exchange_weak(&rule->skip, &left, left - 1)) {

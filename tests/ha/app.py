@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from ctypes import byref, c_ulong
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from demo.members import SoftToken, softhsm
+from demo.members import Server, SoftToken, softhsm
 from tests import p11
 from tests.conftest import Group
 
@@ -112,6 +113,18 @@ class Application:
 
     def is_present(self) -> bool:
         return self.slot in self.module.slots(present=True)
+
+
+@contextmanager
+def stopped(server: Server) -> Iterator[None]:
+    """The server is stopped.  Should a broken module wait for it for ever, it dies and lets go of us."""
+    server.stop()
+    end = threading.Timer(PATIENCE_S, server.kill)
+    end.start()
+    try:
+        yield
+    finally:
+        end.cancel()
 
 
 @contextmanager

@@ -8,16 +8,16 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from demo.members import Toml
+from pkcs11_ha.runtime.member import Member
 from tests import p11
 from tests.conftest import ROOT, GroupFactory
 from tests.ha import operations
-from tests.ha.app import SOON, code, until, working_until
+from tests.ha.app import SOON, stopped, until, working_until
 from tests.ha.conftest import Pair, StartFactory
 from tests.ha.keys import DIGEST
 from tests.ha.operations import Use
@@ -161,20 +161,20 @@ def test_calls_go_past_one_that_is_stuck(pair: Pair, start: StartFactory) -> Non
     for _ in range(4):
         use.keys.check_ec(other.sign(p11.CKM_ECDSA, use.ec, DIGEST))
         operations.sign_ecdsa(use)
-    pair.east.stop()
     signatures: list[bytes] = []
 
     def sign() -> None:
         signatures.extend(other.sign(p11.CKM_ECDSA, use.ec, DIGEST) for _ in range(2))  # one of them on each
 
-    stuck = threading.Thread(target=sign, daemon=True)
-    stuck.start()
-    until(lambda: _in_flight(use, "east") == 1, "the call is inside")
-    for _ in range(20):
-        operations.sign_ecdsa(use)
-        assert use.app.served(use.session) == "west"
-    pair.east.kill()
-    stuck.join(20)
+    with stopped(pair.east):
+        stuck = threading.Thread(target=sign, daemon=True)
+        stuck.start()
+        until(lambda: _in_flight(use, "east") == 1, "the call is inside")
+        for _ in range(20):
+            operations.sign_ecdsa(use)
+            assert use.app.served(use.session) == "west"
+        pair.east.kill()
+        stuck.join(20)
     assert not stuck.is_alive()
     assert len(signatures) == 2
     for signature in signatures:
@@ -188,24 +188,31 @@ def _in_flight(use: Use, name: str) -> int:
     return int(native.lib.ha_member_in_flight(use.app.core.members[name].native))
 
 
-def test_attempt_at_a_stopped_member_costs_its_budget_once(pair: Pair, start: StartFactory) -> None:
+def test_attempt_at_a_stopped_member_costs_its_budget_once(
+    pair: Pair, start: StartFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use = Use.begin(start(*pair.members(), recovery=dict(SOON) | {"budget_s": BUDGET_S}), pair.keys, pair.pin)
     pair.east.kill()
     working_until(lambda: operations.sign_ecdsa(use), use.app.away, "the loss is noticed")
     pair.east.start()
-    pair.east.stop()
-    working_until(
-        lambda: operations.sign_ecdsa(use), lambda: use.app.events("recovery.failed"), "an attempt has failed"
-    )
-    failed = len(use.app.events("recovery.failed"))
-    slowest = 0.0
-    for _ in range(50):
-        began = time.monotonic()
-        operations.sign_ecdsa(use)
-        slowest = max(slowest, time.monotonic() - began)
-    assert len(use.app.events("recovery.failed")) == failed  # the one that is under way is the only one
-    assert slowest < BUDGET_S
-    pair.east.cont()
+    with stopped(pair.east):
+        working_until(
+            lambda: operations.sign_ecdsa(use),
+            lambda: use.app.events("recovery.failed"),
+            "an attempt has failed",
+        )
+        attempts, attempt = [], use.app.core.attempt
+
+        def count(member: Member) -> bool:
+            attempts.append(member.name)
+            return attempt(member)
+
+        monkeypatch.setattr(use.app.core, "attempt", count)
+        deadline = time.monotonic() + 1  # twenty intervals
+        while time.monotonic() < deadline:
+            operations.sign_ecdsa(use)
+        assert attempts == []  # the one that is under way is the only one
+        pair.east.cont()
     working_until(lambda: operations.sign_ecdsa(use), lambda: not use.app.away(), "the member is back")
     for _ in range(4):
         operations.sign_ecdsa(use)
@@ -218,7 +225,6 @@ def test_others_do_not_wait_for_an_attempt(pair: Pair, start: StartFactory) -> N
     pair.east.kill()
     working_until(lambda: operations.sign_ecdsa(use), use.app.away, "the loss is noticed")
     pair.east.start()
-    pair.east.stop()
     counts = [0] * len(sessions)
     attempt_over = threading.Event()
 
@@ -228,16 +234,15 @@ def test_others_do_not_wait_for_an_attempt(pair: Pair, start: StartFactory) -> N
             counts[number] += 1
 
     threads = [threading.Thread(target=sign, args=(n,), daemon=True) for n in range(len(sessions))]
-    for thread in threads:
-        thread.start()
-    until(lambda: use.app.core.members["east"].connecting, "an attempt is under way")
-    before = list(counts)
-    until(
-        lambda: sum(now > then + 20 for now, then in zip(counts, before, strict=True)) >= 3, "the others sign"
-    )
-    assert use.app.events("recovery.failed") == []  # all that within the one attempt
-    attempt_over.set()
-    pair.east.cont()
+    with stopped(pair.east):
+        for thread in threads:
+            thread.start()
+        until(lambda: use.app.core.members["east"].connecting, "an attempt is under way")
+        before = list(counts)
+        until(lambda: sum(n > m + 20 for n, m in zip(counts, before, strict=True)) >= 3, "the others sign")
+        assert use.app.events("recovery.failed") == []  # all that within the one attempt
+        attempt_over.set()
+        pair.east.cont()
     for thread in threads:
         thread.join(20)
     working_until(lambda: operations.sign_ecdsa(use), lambda: not use.app.away(), "the member is back")
@@ -275,11 +280,10 @@ def test_leaving_does_not_wait_for_a_stopped_member(
 
 def test_stopped_member_that_is_not_needed_is_not_noticed(pair: Pair, start: StartFactory) -> None:
     use = Use.begin(start(*pair.members(), balance="primary-first"), pair.keys, pair.pin)
-    pair.west.stop()
-    work: list[Callable[[Use], None]] = [operations.sign_ecdsa, operations.encrypt_aes, operations.random]
-    for each in work:
-        each(use)
-    assert code(lambda: operations.token_info(use)) == "CKR_OK"
-    pair.west.cont()
+    with stopped(pair.west):
+        for each in (operations.sign_ecdsa, operations.encrypt_aes, operations.random, operations.token_info):
+            each(use)
+        assert use.app.away() == set()
+        pair.west.cont()
     operations.find(use)
     assert use.app.away() == set()
