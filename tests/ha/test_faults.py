@@ -240,10 +240,10 @@ def test_session_that_a_member_lost_is_replaced(two: Two, name: str, function: s
 
 def test_member_that_forgot_all_sessions_and_the_login_is_repaired(two: Two) -> None:
     right = two.sign()
-    others = [two.app.open() for _ in range(3)]
+    others = [two.app.open(rw=bool(n % 2)) for n in range(4)]
     for session in others:
         assert session.sign(p11.CKM_RSA_PKCS, two.key, DIGEST) == right
-    for session in [two.app.open() for _ in range(3)]:
+    for session in [two.app.open(rw=rw) for rw in (True, False) for _ in range(3)]:
         session.sign(p11.CKM_RSA_PKCS, two.key, DIGEST)
         session.close()  # so that there are idle ones of it, which are gone as well
     two.east.shared.forget_sessions += 1

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -15,77 +11,16 @@ import pytest
 from demo.members import Toml
 from pkcs11_ha.runtime.member import Member
 from tests import p11
-from tests.conftest import ROOT, GroupFactory
+from tests.conftest import GroupFactory
 from tests.ha import operations
 from tests.ha.app import SOON, stopped, until, working_until
 from tests.ha.conftest import Pair, StartFactory
 from tests.ha.keys import DIGEST
 from tests.ha.operations import Use
+from tests.ha.program import LIMIT_S, Program
 
 BUDGET_S = 0.5
-LIMIT_S = 4.0  # a few budgets, and far less than for ever
 QUICK: dict[str, Toml] = {"interval_s": 3600, "budget_s": BUDGET_S}
-
-PROGRAM = textwrap.dedent(
-    """
-    import json, sys, time
-    from tests import p11
-
-    took, answers = {}, {}
-
-    def timed(name, call):
-        began = time.monotonic()
-        try:
-            answers[name] = call()
-        except p11.CkError as error:
-            answers[name] = error.name
-        took[name] = time.monotonic() - began
-        return answers[name]
-
-    module = p11.Module(sys.argv[1])
-    timed("C_Initialize", module.initialize)
-    """
-)
-FAREWELL = textwrap.dedent(
-    """
-    timed("C_Finalize", module.finalize)
-    print(json.dumps([took, answers]))
-    """
-)
-
-
-class Program:
-    """A program of its own, which can hang without taking us with it."""
-
-    def __init__(self, module: Path, body: str) -> None:
-        source = PROGRAM + textwrap.dedent(body) + FAREWELL
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", source, str(module)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def wait_for(self, line: str) -> None:
-        assert self.process.stdout
-        assert self.process.stdout.readline().strip() == line
-
-    def go_on(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def end(self) -> tuple[dict[str, float], dict[str, object]]:
-        """How long each call took and what it answered."""
-        try:
-            output, _ = self.process.communicate(timeout=10 * LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-            raise AssertionError("it hangs") from None
-        took, answers = json.loads(output.splitlines()[-1])
-        return took, answers
 
 
 def check_prompt(took: dict[str, float]) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import byref, c_ulong, create_string_buffer
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests import p11
+from tests.conftest import GroupFactory
 from tests.ha import operations
-from tests.ha.app import code
+from tests.ha.app import FAR, code
 from tests.ha.conftest import Pair, StartFactory
 from tests.ha.keys import DATA, DIGEST, private, public, secret, shared
 from tests.ha.operations import PSS, PssParams, Use
+from tests.ha.program import Program
 
 either = pytest.mark.parametrize("dead", ["east", "west"])
 
@@ -304,3 +307,53 @@ def test_public_key_reads_the_same_on_either_member(pair: Pair, start: StartFact
     pair.east.kill()
     assert use.session.get(use.ec_public, p11.CKA_EC_POINT, p11.CKA_ID, p11.CKA_LABEL) == before
     assert use.session.find_one(public("ec")) == use.ec_public
+
+
+def test_idle_application_outlives_the_broken_pipe(pair: Pair, group: GroupFactory, module: Path) -> None:
+    """Its next call writes into a socket whose server is gone; SIGPIPE would end a program that knows of none."""
+    group(*pair.members(), recovery=FAR)
+    program = Program(
+        module,
+        """
+        import signal
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in any program but a Python one
+        session = module.open(0)
+        session.login("123456")
+        key = session.find({p11.CKA_CLASS: p11.CKO_PRIVATE_KEY, p11.CKA_LABEL: "ec"})[0]
+        sign = lambda: len(session.sign(p11.CKM_ECDSA, key, bytes(32)))
+        answers["before"] = [sign() for _ in range(4)]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        answers["after"] = [sign() for _ in range(4)]
+        answers["disposition"] = signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+        answers["blocked"] = signal.SIGPIPE in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        """,
+    )
+    program.wait_for("ready")
+    pair.east.kill()
+    program.go_on()
+    _, answers = program.end()
+    assert answers["after"] == answers["before"] == [64] * 4
+    assert (answers["disposition"], answers["blocked"]) == (True, False)
+
+
+@either
+def test_program_that_starts_while_a_member_is_dead_works(
+    pair: Pair, group: GroupFactory, module: Path, dead: str
+) -> None:
+    group(*pair.members(), recovery=FAR)
+    pair.named(dead).kill()
+    program = Program(
+        module,
+        """
+        timed("slot", lambda: module.slot("prod"))
+        timed("serial", lambda: module.token(answers["slot"]).serial)
+        session = module.open(answers["slot"])
+        timed("login", lambda: session.login("123456"))
+        key = session.find({p11.CKA_CLASS: p11.CKO_PRIVATE_KEY, p11.CKA_LABEL: "ec"})[0]
+        timed("sign", lambda: len(session.sign(p11.CKM_ECDSA, key, bytes(32))))
+        """,
+    )
+    _, answers = program.end()
+    expected = {"C_Initialize": None, "slot": 0, "serial": "1599447001", "login": None, "sign": 64}
+    assert answers == expected | {"C_Finalize": None}
