@@ -43,13 +43,19 @@ def alone(session: p11.Session) -> int:
     return session.find_one({p11.CKA_CLASS: p11.CKO_SECRET_KEY, p11.CKA_LABEL: "alone"})
 
 
-def test_a_digest_goes_where_its_key_is(session: p11.Session) -> None:
+@pytest.mark.parametrize("owning", [False, True])
+def test_a_digest_goes_where_its_key_is(session: p11.Session, owning: bool) -> None:
+    """Also if the session it leaves behind has objects, which stay."""
     key = alone(session)
+    if owning:
+        own = session.create({p11.CKA_CLASS: p11.CKO_DATA, p11.CKA_LABEL: "own", p11.CKA_VALUE: VALUE})
     for _ in range(ROUNDS):
         session.init("C_DigestInit", p11.CKM_SHA256)
         session.call("C_DigestKey", key)
         session.feed("C_DigestUpdate", DATA)
         assert session.output("C_DigestFinal") == sha256(VALUE + DATA).digest()
+        if owning:
+            assert session.get(own, p11.CKA_VALUE) == (VALUE,)
 
 
 def test_a_digest_that_has_begun_elsewhere_refuses_the_key(session: p11.Session) -> None:

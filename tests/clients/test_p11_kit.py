@@ -34,13 +34,14 @@ def configured(token: Token) -> Iterator[None]:
             (place / f"{NAME}.module").write_text(text)
             yield
             return
+        others = list(SYSTEM.glob(f"{NAME}-*.module"))  # of test runs that go on, or were killed
         for directory in (SYSTEM.parent, SYSTEM):
-            if not directory.exists():
-                directory.mkdir()
+            if others or not directory.exists():
+                directory.mkdir(exist_ok=True)
                 undo.callback(_remove_if_empty, directory)
-        for left in SYSTEM.glob(f"{NAME}-*.module"):  # by a test run that was killed
-            if not Path("/proc", left.stem.rpartition("-")[2]).exists():
-                left.unlink()
+        for other in others:
+            if not Path("/proc", other.stem.rpartition("-")[2]).exists():
+                other.unlink(missing_ok=True)
         path = SYSTEM / f"{NAME}-{os.getpid()}.module"
         undo.callback(path.unlink)
         path.write_text(text)

@@ -94,8 +94,6 @@ class _Token(ctypes.Structure):
                 "forget_library",
                 "starts",
                 "sessions",
-                "in_flight",
-                "most_in_flight",
             )
         ),
         ("every", Rule),

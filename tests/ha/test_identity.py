@@ -7,17 +7,19 @@ from collections.abc import Iterable
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 
 from demo.members import SoftToken
 from tests import fake as fakes
 from tests import p11
 from tests.conftest import ServerFactory, SoftTokenFactory
 from tests.fake import PIN
-from tests.ha.app import SOON, Application, bare, code, until
+from tests.ha.app import SOON, Application, bare, code, until, working_until
 from tests.ha.conftest import FakeFactory, Pair, StartFactory
 from tests.ha.keys import (
     DATA,
     DIGEST,
+    P256,
     Keys,
     ec_point,
     ec_private,
@@ -340,6 +342,49 @@ def test_key_on_one_member_comes_and_goes_with_it(
     until(lambda: session.random(8) and not app.away(), "the member is back")
     use()
     use()
+
+
+@pytest.mark.parametrize("used_before", [True, False])
+def test_key_that_was_made_on_one_member_comes_back_with_it(
+    pair: Pair, start: StartFactory, used_before: bool
+) -> None:
+    app = start(*pair.members(), recovery=SOON)
+    session = app.login(pair.pin)
+    common: dict[int, p11.Value] = {p11.CKA_TOKEN: True, p11.CKA_LABEL: "made", p11.CKA_ID: b"\x31"}
+    point, key = session.generate_key_pair(
+        p11.CKM_EC_KEY_PAIR_GEN,
+        common | {p11.CKA_EC_PARAMS: P256, p11.CKA_VERIFY: True},
+        common | {p11.CKA_SIGN: True, p11.CKA_PRIVATE: True},
+    )
+    if used_before:
+        session.verify(p11.CKM_ECDSA, point, DIGEST, session.sign(p11.CKM_ECDSA, key, DIGEST))
+    maker = pair.east if app.events("object.pinned", "east") else pair.west
+    maker.kill()
+    working_until(lambda: session.random(8), app.away, "the loss is noticed")
+    assert code(lambda: session.sign(p11.CKM_ECDSA, key, DIGEST)) == "CKR_DEVICE_ERROR"
+    maker.start()
+    working_until(lambda: session.random(8), lambda: not app.away(), "the member is back")
+    session.verify(p11.CKM_ECDSA, point, DIGEST, session.sign(p11.CKM_ECDSA, key, DIGEST))
+
+
+def test_key_that_can_show_nothing_comes_back_with_its_only_member(pair: Pair, start: StartFactory) -> None:
+    """It neither signs nor encrypts; that it is the only one of its name where it was must do."""
+    with bare(pair.east.token) as session:
+        uses = (p11.CKA_ENCRYPT, p11.CKA_DECRYPT, p11.CKA_SIGN, p11.CKA_VERIFY)
+        session.create(secret(p11.CKK_AES, b"w" * 32, "wrapped", b"\x41") | dict.fromkeys(uses, False))
+    pair.east.kill()
+    pair.east.start()
+    app = start(*pair.members(), recovery=SOON)
+    session = app.login(pair.pin)
+    key = session.find_one(shared("wrapped"))
+    rsa = session.find_one(public("rsa"))
+    right = pair.keys.rsa.decrypt(session.wrap(p11.CKM_RSA_PKCS, rsa, key), PKCS1v15())
+    pair.east.kill()
+    working_until(lambda: session.random(8), app.away, "the loss is noticed")
+    assert code(lambda: session.wrap(p11.CKM_RSA_PKCS, rsa, key)) == "CKR_DEVICE_ERROR"
+    pair.east.start()
+    working_until(lambda: session.random(8), lambda: not app.away(), "the member is back")
+    assert pair.keys.rsa.decrypt(session.wrap(p11.CKM_RSA_PKCS, rsa, key), PKCS1v15()) == right == b"w" * 32
 
 
 def test_call_that_needs_two_keys_from_two_members_is_refused(pair: Pair, start: StartFactory) -> None:

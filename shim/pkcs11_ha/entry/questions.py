@@ -246,11 +246,13 @@ def no_member(call: Any) -> int:
             return int(call.first_rv)  # they all say so: it is the answer
         if slot.serving_mask & ~served & ~call.tried:
             return AGAIN  # a standby has taken over
+    complete = all(member.state is MemberState.UP for member in slot.members)
     if slot.serving_mask & ~call.tried:
         serving = slot.serving_mask & ~call.tried
         if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
-            return ck.CKR_KEY_HANDLE_INVALID if _scattered(slot, call, serving) else ck.CKR_DEVICE_ERROR
-    if call.objects and slot.serving_mask and not any(m.state is not MemberState.UP for m in slot.members):
+            scattered = complete and _scattered(slot, call, serving)
+            return ck.CKR_KEY_HANDLE_INVALID if scattered else ck.CKR_DEVICE_ERROR
+    if call.objects and slot.serving_mask and complete:
         return _no_such_object(call)
     return ck.CKR_DEVICE_ERROR
 

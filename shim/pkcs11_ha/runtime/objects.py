@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,15 +278,20 @@ class ObjectMap:
         with self.lock:
             self._unearth(index, identity)
             new = self._new(identity, 0 if identity.token else owner)
-            new.made_here = True
+            new.made_here, new.homes = True, 1 << index
             new.absent = ((1 << len(self.members)) - 1) & ~(1 << index)
             self._bind(new, index, epoch, handle, proven=True)
+        if identity.token:
+            # It is made: what its member fails at now, the next call will see.
+            with suppress(CkError), new.proving:
+                self._witness(new, index)
         return new
 
     def also_at(self, known: VirtualObject, index: int, epoch: int, handle: int) -> None:
         """The same object, made on one more member by the same call, in that epoch of it."""
         with self.lock:
             self._unearth(index, known.identity)
+            known.homes |= 1 << index
             self._bind(known, index, epoch, handle, proven=True)
 
     def _unearth(self, index: int, identity: Identity) -> None:
