@@ -282,6 +282,25 @@ def test_session_objects_die_with_their_session_and_no_other(app: Application) -
         second.encrypt(p11.CKM_AES_ECB, its, BLOCK)
 
 
+def test_keys_that_a_session_makes_can_be_used_together(app: Application) -> None:
+    """They are made on one member, however the turns go: no other could do what needs two of them."""
+    session = app.login("123456")
+    template: dict[int, p11.Value] = {
+        p11.CKA_TOKEN: False,
+        p11.CKA_VALUE_LEN: 32,
+        p11.CKA_WRAP: True,
+        p11.CKA_ENCRYPT: True,
+        p11.CKA_EXTRACTABLE: True,
+    }
+    keys = []
+    for _ in range(4):
+        keys.append(session.generate_key(p11.CKM_AES_KEY_GEN, template))
+        session.digest(p11.CKM_SHA256, DATA)  # takes a turn
+    for one in keys:
+        for other in keys:
+            assert len(session.wrap(p11.CKM_AES_KEY_WRAP, one, other)) == 40
+
+
 def test_session_object_is_in_no_store(app: Application, tokens: tuple[SoftToken, SoftToken]) -> None:
     session = app.login("123456")
     session.create(NOTE | {p11.CKA_TOKEN: False})
