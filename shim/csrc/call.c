@@ -133,6 +133,10 @@ static uint32_t without_operation_keys(const ha_session *session, uint32_t candi
 static RARE int choose(const ha_call *call, uint32_t may)
 {
     const struct ha_row *row = &ha_rows[call->row];
+    if (row->primary && call->objects == 1) {
+        int preferred = ha_object_preferred(call->object[0]);
+        if (preferred >= 0 && may >> preferred & 1) return preferred;
+    }
     if (row->gathers && !call->creates_token && may & call->session->made) may &= call->session->made;
     return ha_slot_choose(call->session, may, row->primary || call->creates_token);
 }
@@ -243,6 +247,25 @@ static RARE bool route_with_care(ha_call *call)
 bool ha_call_route(ha_call *call)
 {
     return route_at_once(call) || route_with_care(call);
+}
+
+CK_RV ha_call_takes(ha_call *call, CK_MECHANISM *mechanism)
+{
+    call->mechanism = call->member_mechanism = mechanism;
+    return mechanism->pParameter ? ha_mechanism_objects(call) : CKR_OK;
+}
+
+void ha_call_free(ha_call *call)
+{
+    free(call->mechanism_copy);
+    call->mechanism_copy = NULL;
+}
+
+/* Whether what the call makes is to be on every member. Not the keys of a TLS key block: they come in a structure. */
+bool ha_call_replicates(const ha_call *call)
+{
+    return atomic_load_explicit(&call->slot->replicates, memory_order_relaxed) && !call->query &&
+           !(call->mechanism->pParameter && ha_mechanism_makes(call->mechanism));
 }
 
 int ha_call_next(ha_call *call)

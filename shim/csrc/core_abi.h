@@ -70,9 +70,11 @@ CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write);
 void ha_slot_gate(ha_slot *slot); /* the recovery check */
 void ha_slot_drain_pools(ha_slot *slot, int read_write);
 void ha_slot_drain_pools_of(ha_slot *slot, int member);
+void ha_slot_replicates(ha_slot *slot); /* what makes objects goes to the core */
 
 /* ---- virtual sessions ---- */
 ha_session *ha_session_find(CK_SESSION_HANDLE session); /* no lock: for the holder of the session's lock */
+int ha_session_read_only(ha_session *session);
 ha_slot *ha_session_slot(ha_session *session);
 CK_SESSION_HANDLE ha_session_handle(ha_session *session);
 int ha_session_member(ha_session *session); /* serving the operation under way, -1: none */
@@ -86,7 +88,10 @@ CK_OBJECT_HANDLE ha_object_new(ha_slot *slot);
 void ha_object_bind(CK_OBJECT_HANDLE object, int member, unsigned epoch, CK_OBJECT_HANDLE member_object);
 void ha_object_unbind(CK_OBJECT_HANDLE object, int member);
 void ha_object_absent(CK_OBJECT_HANDLE object, unsigned mask);
+void ha_object_prefer(CK_OBJECT_HANDLE object, int member); /* to be asked for its attributes */
 void ha_object_free(CK_OBJECT_HANDLE object);
+void ha_object_show(ha_slot *slot, int member, unsigned epoch, CK_OBJECT_HANDLE member_object); /* no more hidden */
+void ha_object_hide(ha_slot *slot, int member, unsigned epoch, CK_OBJECT_HANDLE member_object); /* from C_FindObjects */
 
 /* ---- vendor libraries ---- */
 typedef struct ha_library ha_library;
@@ -103,6 +108,7 @@ char *ha_getenv(char *name); /* NULL in a process with more rights than its call
 /* ---- secrets ---- */
 ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size);
 ha_secret *ha_secret_read(char *path, char *error, size_t error_size);
+ha_secret *ha_secret_read_line(char *path, char *error, size_t error_size); /* not a byte more */
 CK_BYTE *ha_secret_bytes(ha_secret *secret);
 CK_ULONG ha_secret_size(ha_secret *secret);
 int ha_secret_equal(ha_secret *secret, CK_BYTE *bytes, CK_ULONG size);
@@ -115,5 +121,11 @@ void ha_say(char *line);           /* one line on stderr */
 unsigned ha_fork_generation(void); /* 0 in the process that loaded us, more in each child of a fork */
 
 /* ---- calls that the core carries out by itself, with the session locked ---- */
+CK_RV ha_call_takes(ha_call *call, CK_MECHANISM *mechanism); /* with the object handles inside */
 int ha_call_next(ha_call *call);              /* 1: call `function` with `member_session`; 0: `rv` is the answer */
 void ha_call_answer(ha_call *call, CK_RV rv); /* what the member said */
+void ha_call_free(ha_call *call);             /* what it holds; not the call itself */
+typedef struct ha_kept ha_kept;               /* a deep copy of a mechanism */
+ha_kept *ha_mechanism_copy(CK_MECHANISM *mechanism); /* NULL: its layout is not known */
+CK_MECHANISM *ha_mechanism_kept(ha_kept *kept);
+void ha_mechanism_forget(ha_kept *kept); /* wipes it */

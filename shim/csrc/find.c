@@ -69,7 +69,7 @@ static CK_RV unite(struct handles *all, const CK_OBJECT_HANDLE *more, size_t cou
         qsort(sorted, known, sizeof *sorted, by_handle);
     }
     for (size_t k = 0; k < count; k++) {
-        if (!more[k]) continue; /* hidden from applications */
+        if (!more[k] || more[k] == (CK_OBJECT_HANDLE)HA_HIDDEN) continue;
         if (known && bsearch(&more[k], sorted, known, sizeof *sorted, by_handle)) continue;
         all->at[all->count++] = more[k];
     }

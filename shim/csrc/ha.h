@@ -74,6 +74,7 @@ struct ha_slot {
     _Atomic uint64_t check_at;                        /* monotonic ns after which the recovery check is due */
     _Atomic CK_ULONG login;
     _Atomic bool write_protected;
+    _Atomic bool replicates; /* objects made here are to be on every member: the core sees to it */
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t turn;
     _Alignas(HA_CACHE_LINE) _Atomic CK_ULONG sessions;
     _Atomic CK_ULONG rw_sessions;
@@ -89,6 +90,8 @@ struct ha_operation {
     void *parameter; /* our deep copy, wiped and freed with the operation */
     size_t parameter_size;
 };
+
+enum { HA_HIDDEN = -1 }; /* as a virtual handle: an object that applications do not see */
 
 struct ha_session {
     _Alignas(HA_CACHE_LINE) _Atomic uint64_t word; /* handle << 2 | waiters | locked */
@@ -232,6 +235,7 @@ void ha_slots_reset(void);
 
 /* ---- object.c ---- */
 bool ha_object_valid(CK_OBJECT_HANDLE object, ha_slot *slot);
+int ha_object_preferred(CK_OBJECT_HANDLE object);
 uint32_t ha_object_absent_mask(CK_OBJECT_HANDLE object);
 CK_OBJECT_HANDLE ha_object_at(CK_OBJECT_HANDLE object, int member, uint32_t epoch);
 void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects, size_t count,
@@ -261,6 +265,7 @@ static inline void ha_operation_forget(struct ha_operation *operation)
 CK_RV ha_mechanism_objects(ha_call *call);
 CK_RV ha_mechanism_translate(ha_call *call);
 CK_RV ha_mechanism_adopt(ha_call *call);
+bool ha_mechanism_makes(const CK_MECHANISM *mechanism);
 bool ha_derivation_data(const CK_MECHANISM *mechanism, CK_PRF_DATA_PARAM **data, CK_ULONG *count); /* generated */
 
 static inline void ha_session_end_operations(ha_session *session, uint32_t ops)
@@ -275,6 +280,7 @@ bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE session);
 bool ha_call_route(ha_call *call);
 CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDLE *object);
 CK_RV ha_call_end(ha_call *call);
+bool ha_call_replicates(const ha_call *call);
 void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 CK_RV ha_replay(ha_call *call, unsigned op); /* generated: the Init of one operation on call's member */
 

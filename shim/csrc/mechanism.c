@@ -94,6 +94,37 @@ CK_RV ha_mechanism_objects(ha_call *call)
     return CKR_OK;
 }
 
+/* Whether its parameter brings back objects that the member made. */
+bool ha_mechanism_makes(const CK_MECHANISM *mechanism)
+{
+    const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
+    return layout && layout->made;
+}
+
+/* A mechanism kept beyond its call, for a key that is to be made again. */
+ha_kept *ha_mechanism_copy(CK_MECHANISM *mechanism)
+{
+    struct ha_operation *operation = calloc(1, sizeof *operation);
+    if (!operation) return NULL;
+    operation->mechanism = *mechanism;
+    operation->kept = !mechanism->pParameter || !mechanism->ulParameterLen;
+    if (!operation->kept) ha_mechanism_keep(operation);
+    if (operation->kept) return (ha_kept *)operation;
+    free(operation);
+    return NULL;
+}
+
+CK_MECHANISM *ha_mechanism_kept(ha_kept *kept)
+{
+    return &((struct ha_operation *)kept)->mechanism;
+}
+
+void ha_mechanism_forget(ha_kept *kept)
+{
+    ha_operation_forget((struct ha_operation *)kept);
+    free(kept);
+}
+
 /* A copy of the parameter with the chosen member's handles; inner buffers stay the application's, since some
  * are written back. */
 CK_RV ha_mechanism_translate(ha_call *call)

@@ -15,6 +15,7 @@ struct object {
     _Atomic CK_OBJECT_HANDLE handle; /* generation << INDEX_BITS | index; 0 while free */
     ha_slot *slot;
     _Atomic uint32_t absent; /* members that are known not to have it */
+    _Atomic int preferred;   /* the member that is asked for its attributes, -1: none in particular */
     CK_OBJECT_HANDLE last;   /* the handle before, for the next generation */
     uint32_t next_free;
     struct {
@@ -69,6 +70,7 @@ CK_OBJECT_HANDLE ha_object_new(ha_slot *slot)
     }
     for (unsigned m = 0; m < HA_MAX_MEMBERS; m++) atomic_store(&o->at[m].epoch, 0);
     atomic_store(&o->absent, 0);
+    atomic_store(&o->preferred, -1);
     o->slot = slot;
     o->last = handle;
     atomic_store_explicit(&o->handle, handle, memory_order_release);
@@ -155,6 +157,28 @@ void ha_object_absent(CK_OBJECT_HANDLE object, unsigned mask)
     if (o) atomic_store(&o->absent, mask);
 }
 
+void ha_object_prefer(CK_OBJECT_HANDLE object, int member)
+{
+    struct object *o = live(object);
+    if (o) atomic_store(&o->preferred, member);
+}
+
+int ha_object_preferred(CK_OBJECT_HANDLE object)
+{
+    struct object *o = live(object);
+    return o ? atomic_load_explicit(&o->preferred, memory_order_relaxed) : -1;
+}
+
+void ha_object_hide(ha_slot *slot, int member, unsigned epoch, CK_OBJECT_HANDLE member_object)
+{
+    map_set(&slot->map[member], epoch, member_object, (CK_OBJECT_HANDLE)HA_HIDDEN);
+}
+
+void ha_object_show(ha_slot *slot, int member, unsigned epoch, CK_OBJECT_HANDLE member_object)
+{
+    map_set(&slot->map[member], epoch, member_object, CK_INVALID_HANDLE);
+}
+
 void ha_object_free(CK_OBJECT_HANDLE object)
 {
     struct object *o = live(object);
@@ -189,7 +213,7 @@ CK_OBJECT_HANDLE ha_object_at(CK_OBJECT_HANDLE object, int member, uint32_t epoc
     return atomic_load_explicit(&o->handle, memory_order_relaxed) == object ? handle : CK_INVALID_HANDLE;
 }
 
-/* Virtual handles of what a member found; 0 for those that the core has not identified yet. */
+/* Virtual handles of what a member found, HA_HIDDEN among them; 0 for those that the core has not identified yet. */
 void ha_objects_virtual(ha_slot *slot, int member, uint32_t epoch, const CK_OBJECT_HANDLE *member_objects, size_t count,
                         CK_OBJECT_HANDLE *objects)
 {

@@ -36,8 +36,13 @@ ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size)
     return secret;
 }
 
-/* The first line of a file, without its end of line. */
-ha_secret *ha_secret_read(char *path, char *error, size_t error_size)
+static bool is_end_of_line(CK_BYTE c)
+{
+    return c == '\n' || c == '\r';
+}
+
+/* The first line of what `path` opens, without its end. `step` bytes are asked for at a time. */
+static ha_secret *read_first_line(char *path, size_t step, char *error, size_t error_size)
 {
     ha_secret *secret = secret_page();
     if (!secret) {
@@ -45,8 +50,14 @@ ha_secret *ha_secret_read(char *path, char *error, size_t error_size)
         return NULL;
     }
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
-    ssize_t got = -1;
-    while (fd >= 0 && (got = read(fd, secret->bytes, MAX_SECRET)) < 0 && errno == EINTR) {
+    ssize_t got = fd < 0 ? -1 : 1;
+    size_t size = 0, end = 0;
+    while (got > 0 && end == size && size < MAX_SECRET) {
+        size_t room = MAX_SECRET - size;
+        got = read(fd, secret->bytes + size, step < room ? step : room);
+        if (got < 0 && errno == EINTR) got = 1;
+        else if (got > 0) size += (size_t)got;
+        while (end < size && !is_end_of_line(secret->bytes[end])) end++;
     }
     if (got < 0) snprintf(error, error_size, "%s: %s", path, strerror(errno));
     if (fd >= 0) close(fd);
@@ -54,11 +65,20 @@ ha_secret *ha_secret_read(char *path, char *error, size_t error_size)
         ha_secret_wipe(secret);
         return NULL;
     }
-    CK_ULONG size = 0;
-    while (size < (CK_ULONG)got && secret->bytes[size] != '\n' && secret->bytes[size] != '\r') size++;
-    explicit_bzero(secret->bytes + size, MAX_SECRET - size);
-    secret->size = size;
+    explicit_bzero(secret->bytes + end, MAX_SECRET - end);
+    secret->size = end;
     return secret;
+}
+
+ha_secret *ha_secret_read(char *path, char *error, size_t error_size)
+{
+    return read_first_line(path, MAX_SECRET, error, error_size);
+}
+
+/* From a pipe that others read on from: a byte at a time. */
+ha_secret *ha_secret_read_line(char *path, char *error, size_t error_size)
+{
+    return read_first_line(path, 1, error, error_size);
 }
 
 CK_BYTE *ha_secret_bytes(ha_secret *secret)

@@ -78,6 +78,11 @@ ha_session *ha_session_find(CK_SESSION_HANDLE handle)
     return session && HANDLE(atomic_load(&session->word)) == handle ? session : NULL;
 }
 
+int ha_session_read_only(ha_session *session)
+{
+    return !(session->flags & CKF_RW_SESSION);
+}
+
 ha_slot *ha_session_slot(ha_session *session)
 {
     return session->slot;

@@ -66,6 +66,11 @@ void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up)
     atomic_store(&slot->serving, serving);
 }
 
+void ha_slot_replicates(ha_slot *slot)
+{
+    atomic_store(&slot->replicates, true);
+}
+
 void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns)
 {
     atomic_store(&slot->check_at, monotonic_ns);

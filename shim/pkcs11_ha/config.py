@@ -24,7 +24,9 @@ Mode = Literal["call", "background"]
 Instance = Literal["shared", "own"]
 Host = Literal["process"]
 Balance = Literal["least-busy", "round-robin", "primary-first"]
-Replication = Literal["none"]
+Replication = Literal["none", "domain"]
+Escrow = Literal["token", "none"]
+SessionKeys = Literal["pin", "replicate"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class GroupConfig:
     standby: tuple[str, ...]
     balance: Balance
     replication: Replication
+    min_copies: int
+    escrow: Escrow
+    session_keys: SessionKeys
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,10 @@ _ATTEMPTS = _form(
     "a whole number, -1 or more",
     lambda given: _is_number(given) and isinstance(given, int) and -1 <= given < 2**31,
 )
+_COPIES = _form(
+    "a whole number from 1 to 32",
+    lambda given: _is_number(given) and isinstance(given, int) and 1 <= given <= 32,
+)
 # A name becomes part of paths, where "." and ".." are something else.
 _NAME = _form(
     "a name of letters, digits and . _ -",
@@ -262,9 +271,14 @@ OPTIONS = (
     Option(
         "group",
         "replication",
-        _choice(get_args(Replication), ("backend", "domain")),
+        _choice(get_args(Replication), ("backend",)),
         "none",
         "How keys come to be on every member.",
+    ),
+    Option("group", "min_copies", _COPIES, 1, "Members that must have taken an object for it to be made."),
+    Option("group", "escrow", _choice(get_args(Escrow)), "token", "Wrapped keys kept on the tokens, or not."),
+    Option(
+        "group", "session_keys", _choice(get_args(SessionKeys)), "pin", "Whether they can change members."
     ),
 )
 """Every option there is: what is not here is an unknown key."""

@@ -238,7 +238,7 @@ def _ask_locate(host: Host, session: int) -> str:
     return host.rv("C_SignInit", session, host.mechanism(p11.CKM_ECDSA), key)
 
 
-def _ask_adopt(host: Host, session: int) -> str:
+def _ask_carry_out(host: Host, session: int) -> str:
     template = host.attributes({p11.CKA_VALUE_LEN: 16})
     return host.rv("C_GenerateKey", session, host.mechanism(p11.CKM_AES_KEY_GEN), *template, host.room(8))
 
@@ -255,7 +255,7 @@ def _ask_decide(host: Host, session: int) -> str:
     ("question", "ask"),
     [
         ("locate", _ask_locate),
-        ("adopt", _ask_adopt),
+        ("carry_out", _ask_carry_out),
         ("identify", _ask_identify),
         ("decide", _ask_decide),
         ("no_member", _ask_decide),
@@ -265,8 +265,9 @@ def _ask_decide(host: Host, session: int) -> str:
 def test_an_exception_in_the_middle_of_a_call_is_an_error(
     question: str, ask: Callable[[Host, int], str], installation: Installation, signing: Group, hosts: Hosts
 ) -> None:
+    asked = "entry/making.py" if question == "carry_out" else "entry/questions.py"
     installation.patch(
-        "entry/questions.py", rf"^def {question}\((.*)$", rf"def {question}(\1\n    raise KeyError('planted')"
+        asked, rf"^def {question}\((.*)$", rf"def {question}(\1\n    raise KeyError('planted')"
     )
     if question == "locate":  # of which there is need only where the data plane has not been told
         installation.patch("runtime/objects.py", r"^    def _publish\(self, .*$", r"\g<0>\n        return")

@@ -88,6 +88,9 @@ def test_smallest_configuration_has_the_documented_defaults() -> None:
                 standby=(),
                 balance="least-busy",
                 replication="none",
+                min_copies=1,
+                escrow="token",
+                session_keys="pin",
             ),
         ),
     )
@@ -129,7 +132,10 @@ model = "K6 Base"
 members = ["east"]
 standby = ["spare"]
 balance = "primary-first"
-replication = "none"
+replication = "domain"
+min_copies = 2
+escrow = "none"
+session_keys = "replicate"
 """
 
 
@@ -152,7 +158,10 @@ def test_every_option_can_be_set() -> None:
     )
     assert spare.name == "spare"
     assert given_.groups == (
-        GroupConfig("prod", "1599447001", "", "K6 Base", ("east",), ("spare",), "primary-first", "none"),
+        GroupConfig(
+            *("prod", "1599447001", "", "K6 Base", ("east",), ("spare",)),
+            *("primary-first", "domain", 2, "none", "replicate"),
+        ),
     )
 
 
@@ -259,9 +268,11 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
             'balance = "random"',
             'group.balance: expected "least-busy" or "round-robin" or "primary-first"',
         ),
-        ("group", 'replication = "domain"', 'group.replication: "domain" is not available in this version'),
+        ("group", "min_copies = 0", "group.min_copies: expected a whole number from 1 to 32"),
+        ("group", 'escrow = "disk"', 'group.escrow: expected "token" or "none"'),
+        ("group", 'session_keys = "copy"', 'group.session_keys: expected "pin" or "replicate"'),
         ("group", 'replication = "backend"', 'group.replication: "backend" is not available in this version'),
-        ("group", 'replication = "all"', 'group.replication: expected "none"'),
+        ("group", 'replication = "all"', 'group.replication: expected "none" or "domain"'),
         ("group", 'standby = ["north"]', "group.standby: no [[member]] has the name 'north'"),
         ("group", 'standby = ["west"]', "group.standby: 'west' is already in group 'prod'"),
     ],

@@ -146,7 +146,7 @@ def test_what_is_asked_for() -> None:
     def more(object_class: int, key_type: int | None = None) -> set[int]:
         asked = set(attributes_to_read(object_class, key_type))
         common = {ck.CKA_CLASS, ck.CKA_TOKEN, ck.CKA_PRIVATE, ck.CKA_LABEL}
-        common_to_keys = {ck.CKA_KEY_TYPE, ck.CKA_ID} if key_type is not None else set()
+        common_to_keys = {ck.CKA_KEY_TYPE, ck.CKA_ID, ck.CKA_LOCAL} if key_type is not None else set()
         assert asked >= common | common_to_keys
         return asked - common - common_to_keys
 
@@ -168,7 +168,7 @@ def test_what_is_asked_for() -> None:
         ck.CKA_SERIAL_NUMBER,
     }
     assert more(ck.CKO_PROFILE) == set()
-    assert more(ck.CKO_PRIVATE_KEY) == {spki, ck.CKA_KEY_TYPE, ck.CKA_ID}
+    assert more(ck.CKO_PRIVATE_KEY) == {spki, ck.CKA_KEY_TYPE, ck.CKA_ID, ck.CKA_LOCAL}
 
 
 @pytest.mark.parametrize("object_class", [ck.CKO_PRIVATE_KEY, ck.CKO_SECRET_KEY, ck.CKO_OTP_KEY])

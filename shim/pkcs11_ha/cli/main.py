@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -11,8 +14,14 @@ from rich.console import Console
 
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
-from pkcs11_ha.cli import module
+from pkcs11_ha.cli import domain as domains
+from pkcs11_ha.cli import module, operator
 from pkcs11_ha.cli import status as statuses
+from pkcs11_ha.cli.custody import Shares, parse_shares
+from pkcs11_ha.cli.operator import OperatorError
+from pkcs11_ha.cli.progress import progress
+from pkcs11_ha.core.domain import Generation
+from pkcs11_ha.runtime.member import MemberState
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -68,6 +77,122 @@ def check(path: _Config = "", as_json: _Json = False) -> None:
         for finding in found:
             typer.echo(f"{finding.subject}: {finding.text}")
     raise typer.Exit(0 if all(finding.good for finding in found) else 1)
+
+
+domain_app = typer.Typer(no_args_is_help=True, help="The key under which a group's keys travel.")
+app.add_typer(domain_app, name="domain")
+
+_Group = Annotated[str, typer.Argument(metavar="GROUP", help="The group's label.")]
+_PinSource = Annotated[
+    str,
+    typer.Option(
+        "--pin-source",
+        metavar="file:/PATH",
+        help="A file with the PIN; else it is asked for, or the first line of standard input.",
+    ),
+]
+_Plain = Annotated[
+    bool,
+    typer.Option("--plain-import", help="Create the key from the clear on members without RSA-OAEP unwrap."),
+]
+_Shares = Annotated[
+    str, typer.Option("--shares", metavar="KofN|none", help="How many words, of how many custodians.")
+]
+
+
+def _shares(text: str) -> Shares | None:
+    try:
+        return parse_shares(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@contextmanager
+def _library(path: str) -> Iterator[module.Library]:
+    """The library initialised; what goes wrong is one line on stderr and exit status 1."""
+    _use(path)
+    try:
+        with module.initialised() as library:
+            yield library
+    except (module.ModuleError, OperatorError) as error:
+        raise _fail(str(error)) from None
+
+
+@domain_app.command("init")
+def domain_init(
+    group: _Group,
+    shares: _Shares = "2of3",
+    plain_import: _Plain = False,
+    pin_source: _PinSource = "",
+    path: _Config = "",
+) -> None:
+    """Make a domain key on every member, and show its custodians their words, once."""
+    wanted = _shares(shares)
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = list(slot.members)
+        with operator.at_work(slot, members, pin_source):
+            generation = domains.init(members, wanted, plain_import)
+    typer.echo(_line(generation, [member.name for member in members]))
+
+
+@domain_app.command("admit")
+def domain_admit(
+    name: Annotated[str, typer.Argument(metavar="MEMBER", help="A new or replaced member.")],
+    plain_import: _Plain = False,
+    pin_source: _PinSource = "",
+    path: _Config = "",
+) -> None:
+    """Bring the domain key, by its custodians' words, and all objects to a member."""
+    with _library(path) as library:
+        slot, member = operator.slot_with(library, name)
+        others = [m for m in slot.members if m is not member and m.state is MemberState.UP]
+        with operator.at_work(slot, [*others, member], pin_source) as replication:
+            generation = domains.admit(member, others, plain_import)
+            with progress(f"to {name}") as report:
+                report_of = domains.bring_up(replication, [*others, member], member, generation, report)
+    typer.echo(_line(generation, [member.name]))
+    typer.echo(str(report_of))
+
+
+@domain_app.command("rotate")
+def domain_rotate(
+    group: _Group,
+    shares: _Shares = "2of3",
+    plain_import: _Plain = False,
+    pin_source: _PinSource = "",
+    path: _Config = "",
+) -> None:
+    """Make a new generation of the domain key, put all blobs under it, and destroy the old one."""
+    wanted = _shares(shares)
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = list(slot.members)
+        with operator.at_work(slot, members, pin_source) as replication, progress("rewrapped") as report:
+            generation = domains.rotate(members, replication, wanted, plain_import, report)
+    typer.echo(_line(generation, [member.name for member in members]))
+
+
+@domain_app.command("show")
+def domain_show(
+    group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json: _Json = False
+) -> None:
+    """Show generation and check value of the domain key, and which members hold it."""
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = [member for member in slot.members if member.state is MemberState.UP]
+        with operator.at_work(slot, members, pin_source):
+            lines = domains.overview(slot.members, domains.holders(members))
+    if as_json:
+        typer.echo(json.dumps([asdict(line) for line in lines], indent=2))
+    else:
+        for line in lines:
+            typer.echo(str(line))
+    raise typer.Exit(0 if all(line.good for line in lines) else 1)
+
+
+def _line(generation: Generation, names: list[str]) -> str:
+    return f"domain: generation {generation.number}, check value {generation.check}, on {', '.join(names)}"
 
 
 @app.command()

@@ -64,6 +64,7 @@ _PROFILES: Mapping[str, Mapping[int, Code]] = {
     "generic": {},
     "softhsm": {},
     "p11-kit": {},
+    "nss": {},
 }
 
 CLEAN_SIZE = 512  # the data plane's table; return values beyond it are always asked about

@@ -28,7 +28,7 @@ _SECRET_KEYS = (Kind.SECRET_KEY, Kind.OTP_KEY)
 _KEYS = (Kind.PUBLIC_KEY, Kind.PRIVATE_KEY, *_SECRET_KEYS)
 
 _COMMON = (ck.CKA_CLASS, ck.CKA_TOKEN, ck.CKA_PRIVATE, ck.CKA_LABEL)
-_KEY = (ck.CKA_KEY_TYPE, ck.CKA_ID)
+_KEY = (ck.CKA_KEY_TYPE, ck.CKA_ID, ck.CKA_LOCAL)
 _CERTIFICATE_NAMES = (ck.CKA_SUBJECT, ck.CKA_ISSUER, ck.CKA_SERIAL_NUMBER)
 
 _BY_KIND = {
@@ -97,6 +97,8 @@ class Identity:
     """CKA_TOKEN: it outlives the session. What does and what does not are never the same object."""
     private: bool
     """CKA_PRIVATE. Members may differ in it about one and the same object."""
+    local: bool = False
+    """CKA_LOCAL: it was generated on this member, or is a copy of what was."""
     fingerprint: bytes | None = None
     """32 bytes, equal if and only if the key (or the content of a certificate or data object) is equal.
 
@@ -157,6 +159,7 @@ def identify(attributes: Attributes) -> Identity:
         kind=kind,
         token=_flag(given, ck.CKA_TOKEN, default=False),
         # The default is the token's choice (PKCS#11 3.0, section 4.4); tokens hide these.
+        local=_flag(given, ck.CKA_LOCAL, default=False),
         private=_flag(given, ck.CKA_PRIVATE, default=kind in (Kind.PRIVATE_KEY, *_SECRET_KEYS)),
     )
     match kind:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.entry import life, login, objects, questions, slots
+from pkcs11_ha.entry import life, login, making, objects, questions, slots
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.native import CkError
 
@@ -42,6 +42,7 @@ def attach(ffi: Any, lib: Any) -> None:
         **slots.HANDLERS,
         **login.HANDLERS,
         **objects.HANDLERS,
+        **making.HANDLERS,
         **questions.HANDLERS,
     }
     if set(handlers) != set(ck.UPCALLS):

@@ -15,8 +15,11 @@ from pkcs11_ha.spec.functions import INDEX
 class Carried:
     """One call on its way; `index` is the member that answered last, `session` its session there."""
 
-    def __init__(self, name: str, slot: VirtualSlot, session: Any, objects: Sequence[int] = ()) -> None:
+    def __init__(
+        self, name: str, slot: VirtualSlot, session: Any, objects: Sequence[int] = (), mechanism: Any = None
+    ) -> None:
         self.name = name
+        self.made = 0  # handle of an object that a recipe made
         self.slot = slot
         self.call = native.ffi.new("ha_call *")
         self.call.row = INDEX[name]
@@ -26,6 +29,8 @@ class Carried:
         self.call.objects = len(objects)
         for place, handle in enumerate(objects):
             self.call.object[place] = handle
+        if mechanism:
+            native.check(native.lib.ha_call_takes(self.call, mechanism))
 
     def only(self, member: Member) -> Carried:
         """For one member and no other."""
@@ -36,13 +41,16 @@ class Carried:
     def run(self, forward: Callable[[Any, Any], int]) -> int:
         """`forward(function, call)` is the vendor's call; the return value is the application's."""
         call = self.call
-        while native.lib.ha_call_next(call):
-            function = native.ffi.cast(f"CK_{self.name}", call.function)
-            rv = ck.CKR_FUNCTION_FAILED  # should Python not get to the end of it
-            try:
-                rv = forward(function, call)
-            finally:
-                native.lib.ha_call_answer(call, rv)
+        try:
+            while native.lib.ha_call_next(call):
+                function = native.ffi.cast(f"CK_{self.name}", call.function)
+                rv = ck.CKR_FUNCTION_FAILED  # should Python not get to the end of it
+                try:
+                    rv = forward(function, call)
+                finally:
+                    native.lib.ha_call_answer(call, rv)
+        finally:
+            native.lib.ha_call_free(call)
         return int(call.rv)
 
     @property

@@ -6,23 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.core.identity import Kind
+from pkcs11_ha.core.template import FALSE, TRUE, Template, is_stateful, ulong
+from pkcs11_ha.entry import making
 from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import current, slot_of
 from pkcs11_ha.entry.questions import blame
 from pkcs11_ha.log import Event
-from pkcs11_ha.runtime import attributes, native
+from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.slot import VirtualSlot
 
-_PUBLIC = (Kind.PUBLIC_KEY, Kind.CERTIFICATE, Kind.DOMAIN_PARAMETERS)
 
-
-def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
+def _create_object(handle: int, template: Any, count: int, result: Any) -> int | None:
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
+    wanted = making.wish(template, count)
+
+    def forward(function: Any, call: Any, templates: Any, made: Any) -> int:
+        return int(function(call.member_session, templates[0].array, templates[0].count, made))
+
+    call = making.Making("C_CreateObject", (), None, ((template, count),), forward)
+    if slot.replication and wanted.get(ck.CKA_TOKEN) == TRUE:
+        result[0] = _created_everywhere(slot, session, call, wanted).handle
+        return None
 
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, template, count, made))
@@ -30,15 +38,35 @@ def _create_object(handle: int, template: Any, count: int, result: Any) -> int:
     rv = _make("C_CreateObject", slot, session, (), make, result)
     if rv == ck.CKR_OK:
         known = slot.objects.get(int(result[0]))
-        if known.identity.kind in _PUBLIC and not known.identity.token:
-            known.template = attributes.copy(template, count)
+        if not known.identity.token:
+            known.recipe = making.recipe(call)
     return rv
 
 
-def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int:
+def _created_everywhere(
+    slot: VirtualSlot, session: Any, call: making.Making, wanted: Template
+) -> VirtualObject:
+    """A key is made once more as a session object, to be wrapped for members that are away."""
+    assert slot.replication
+    slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+    is_key = wanted.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
+    if is_key and is_stateful(None, wanted):
+        return making.pinned(slot, session, call)[0]
+    seed = making.seed(slot, session, call, [wanted]) if is_key else None
+    ((template, count),) = call.templates
+    return slot.replication.placing.create(template, count, seed)[0]
+
+
+def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int | None:
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
-    slot.objects.get(source)  # it exists
+    known = slot.objects.get(source)  # it exists
+    wanted = making.wish(template, count)
+    token = wanted.get(ck.CKA_TOKEN, TRUE if known.identity.token else FALSE)
+    if slot.replication and token == TRUE:
+        slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+        result[0] = slot.replication.placing.copy(known, template, count)[0].handle
+        return None
 
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, call.member_object[0], template, count, made))
@@ -143,6 +171,11 @@ def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
     known = slot.objects.get(object_)
+    making.wish(template, count)  # none of our own names
+    if slot.replication and known.identity.token:
+        slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+        slot.replication.changing.change(known, template, count)
+        return
     done = _on_every_holder(
         "C_SetAttributeValue",
         slot,
@@ -151,13 +184,19 @@ def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -
         lambda function, call: int(function(call.member_session, call.member_object[0], template, count)),
     )
     slot.objects.renew(known, done[0].index, done[0].session)
-    known.template = None
+    if known.recipe is not None:
+        known.recipe.forget()
+        known.recipe = None
 
 
 def _destroy_object(handle: int, object_: int) -> None:
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
     known = slot.objects.get(object_)
+    if slot.replication and known.identity.token:
+        slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+        slot.replication.changing.destroy(known)
+        return
     _on_every_holder(
         "C_DestroyObject",
         slot,

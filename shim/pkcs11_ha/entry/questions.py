@@ -8,7 +8,6 @@ from typing import Any
 from pkcs11_ha import ck
 from pkcs11_ha.core.codes import Code
 from pkcs11_ha.core.policy import Answer, Verdict, judge
-from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import current, slot_by_id, slot_of
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import login, native
@@ -189,7 +188,7 @@ def locate(call: Any) -> int:
         except CkError:
             return _no_such_object(call)
         try:
-            if not slot.objects.handle_at(known, call.member) and known.template is not None:
+            if not slot.objects.handle_at(known, call.member) and known.recipe is not None:
                 _make_again(slot, call, known)
         except CkError as error:
             if error.member is slot.members[call.member]:
@@ -202,14 +201,12 @@ def locate(call: Any) -> int:
 
 
 def _make_again(slot: VirtualSlot, call: Any, known: VirtualObject) -> None:
-    """A public session object that died with this member's sessions: applications keep such handles for long."""
-    assert known.template
-    array, buffers = known.template
-    made = native.ffi.new("CK_OBJECT_HANDLE *")
-    again = Carried("C_CreateObject", slot, call.session).only(slot.members[call.member])
-    if again.run(lambda function, c: int(function(c.member_session, array, len(buffers), made))) == ck.CKR_OK:
+    """A session object that died with its member's sessions, or is needed where it was not made."""
+    assert known.recipe
+    again = known.recipe.run(slot, call.session, call.member)
+    if again is not None:
         native.lib.ha_session_own(call.session, again.index)
-        slot.objects.also_at(known, again.index, again.epoch, int(made[0]))
+        slot.objects.also_at(known, again.index, again.epoch, again.made)
 
 
 def blame(slot: VirtualSlot, error: CkError, where: str) -> None:

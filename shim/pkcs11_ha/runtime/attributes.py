@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from pkcs11_ha import ck
+from pkcs11_ha.core import template
 from pkcs11_ha.core.identity import Identity, attributes_to_read, identify
+from pkcs11_ha.core.template import Nested
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 
-_GUESS = 512  # bytes for an attribute before its length is known: enough for all but certificates
+_GUESS = 1024  # bytes for an attribute before its length is known: enough for all but those of _LONG
+_SAID_MAX = 1 << 20
+_LONG = (ck.CKA_VALUE, ck.CKA_SUBJECT, ck.CKA_ISSUER, ck.CKA_URL, ck.CKA_ATTR_TYPES)
 
 # A value that cannot be read is no failure of the others (PKCS#11 5.7.5).
 _PARTIAL = (ck.CKR_OK, ck.CKR_ATTRIBUTE_SENSITIVE, ck.CKR_ATTRIBUTE_TYPE_INVALID, ck.CKR_BUFFER_TOO_SMALL)
@@ -23,32 +27,31 @@ def read(member: Member, session: int, object_: int, types: Sequence[int]) -> di
     wanted = [(number, _GUESS) for number in types]
     for _ in range(2):
         buffers = [native.ffi.new("CK_BYTE[]", size) for _, size in wanted]
-        template = native.ffi.new("CK_ATTRIBUTE[]", len(wanted))
-        for attribute, (number, size), buffer in zip(template, wanted, buffers, strict=True):
+        asked = native.ffi.new("CK_ATTRIBUTE[]", len(wanted))
+        for attribute, (number, size), buffer in zip(asked, wanted, buffers, strict=True):
             attribute.type, attribute.pValue, attribute.ulValueLen = number, buffer, size
-        rv = member.call("C_GetAttributeValue", session, object_, template, len(wanted))
+        rv = member.call("C_GetAttributeValue", session, object_, asked, len(wanted))
         if rv not in _PARTIAL:
             raise CkError(rv, f"C_GetAttributeValue of member {member.name}", member)
         larger = []
-        for attribute, (number, size), buffer in zip(template, wanted, buffers, strict=True):
+        for attribute, (number, size), buffer in zip(asked, wanted, buffers, strict=True):
             if attribute.ulValueLen <= size:
                 values[number] = bytes(native.ffi.buffer(buffer, attribute.ulValueLen))
-            elif rv == ck.CKR_BUFFER_TOO_SMALL or attribute.ulValueLen != ck.CK_UNAVAILABLE_INFORMATION:
+            # One code speaks for all: beside another's fault a buffer that is too small goes without saying.
+            elif rv == ck.CKR_BUFFER_TOO_SMALL or number in _LONG:
                 larger.append(number)
-        if not larger or rv != ck.CKR_BUFFER_TOO_SMALL:
-            break
-        wanted = [(number, size) for number, size in _lengths(member, session, object_, larger)]
+        wanted = _lengths(member, session, object_, larger) if larger else []
         if not wanted:
             break
     return values
 
 
 def _lengths(member: Member, session: int, object_: int, types: Sequence[int]) -> list[tuple[int, int]]:
-    template: Any = native.ffi.new("CK_ATTRIBUTE[]", len(types))
-    for attribute, number in zip(template, types, strict=True):
+    asked: Any = native.ffi.new("CK_ATTRIBUTE[]", len(types))
+    for attribute, number in zip(asked, types, strict=True):
         attribute.type = number
-    member.call("C_GetAttributeValue", session, object_, template, len(types))
-    return [(a.type, a.ulValueLen) for a in template if a.ulValueLen != ck.CK_UNAVAILABLE_INFORMATION]
+    member.call("C_GetAttributeValue", session, object_, asked, len(types))
+    return [(a.type, a.ulValueLen) for a in asked if a.ulValueLen != ck.CK_UNAVAILABLE_INFORMATION]
 
 
 def who(member: Member, session: int, object_: int) -> Identity:
@@ -63,37 +66,109 @@ def who(member: Member, session: int, object_: int) -> Identity:
     return identify(rest)
 
 
+def template_of(member: Member, session: int, object_: int) -> dict[int, bytes | Nested]:
+    """What a copy of a member's object is made with; raises CkError."""
+    first = read(member, session, object_, (ck.CKA_CLASS, ck.CKA_KEY_TYPE))
+    numbers = template.attributes_of(_ulong(first, ck.CKA_CLASS), _ulong(first, ck.CKA_KEY_TYPE))
+    flat = [number for number in numbers if not number & ck.CKF_ARRAY_ATTRIBUTE]
+    shown: dict[int, bytes | Nested] = dict(read(member, session, object_, flat))
+    for number in set(numbers) - set(flat):
+        if (nested := _read_nested(member, session, object_, number)) is not None:
+            shown[number] = nested
+    return shown
+
+
+def _read_nested(member: Member, session: int, object_: int, number: int) -> bytes | Nested | None:
+    """An attribute that is a list of attributes (CKF_ARRAY_ATTRIBUTE) or of mechanisms; None if it has none."""
+    sizes = _lengths(member, session, object_, [number])
+    if not sizes or not sizes[0][1]:
+        return None
+    if number == ck.CKA_ALLOWED_MECHANISMS:
+        return read(member, session, object_, (number,)).get(number)
+    count = sizes[0][1] // native.ffi.sizeof("CK_ATTRIBUTE")
+    inside = native.ffi.new("CK_ATTRIBUTE[]", count)
+    outside = native.ffi.new("CK_ATTRIBUTE *")
+    outside.type, outside.pValue, outside.ulValueLen = number, inside, sizes[0][1]
+    native.check(
+        member.call("C_GetAttributeValue", session, object_, outside, 1), "reading a template", member
+    )
+    buffers = [native.ffi.new("CK_BYTE[]", max(1, attribute.ulValueLen)) for attribute in inside]
+    for attribute, buffer in zip(inside, buffers, strict=True):
+        attribute.pValue = buffer
+    native.check(
+        member.call("C_GetAttributeValue", session, object_, outside, 1), "reading a template", member
+    )
+    return tuple(
+        (int(attribute.type), bytes(native.ffi.buffer(buffer, attribute.ulValueLen)))
+        for attribute, buffer in zip(inside, buffers, strict=True)
+    )
+
+
+class Filled:
+    """A CK_ATTRIBUTE array, with the memory that it points to."""
+
+    def __init__(self, attributes: Mapping[int, bytes | Nested]) -> None:
+        self.count = len(attributes)
+        self.array: Any = native.ffi.new("CK_ATTRIBUTE[]", max(1, self.count))
+        self._kept: list[Any] = []
+        for place, (number, value) in enumerate(attributes.items()):
+            self._put(self.array[place], number, value)
+
+    def _put(self, attribute: Any, number: int, value: bytes | Nested) -> None:
+        attribute.type = number
+        if isinstance(value, bytes):
+            buffer = native.ffi.new("CK_BYTE[]", value or b"\0")
+            attribute.pValue, attribute.ulValueLen = buffer, len(value)
+            self._kept.append(buffer)
+        else:
+            inside = Filled(dict(value))
+            attribute.pValue = inside.array
+            attribute.ulValueLen = inside.count * native.ffi.sizeof("CK_ATTRIBUTE")
+            self._kept.append(inside)
+
+
+class Changed(Filled):
+    """An application's template with some attributes otherwise, or left out; the rest stays in its memory."""
+
+    def __init__(self, array: Any, count: int, changes: Mapping[int, bytes | None]) -> None:
+        kept = [i for i in range(count) if int(array[i].type) not in changes]
+        new = {number: value for number, value in changes.items() if value is not None}
+        self.count = len(kept) + len(new)
+        self.array = native.ffi.new("CK_ATTRIBUTE[]", max(1, self.count))
+        self._kept = [array]
+        for place, i in enumerate(kept):
+            self.array[place] = array[i]
+        for place, (number, value) in enumerate(new.items(), len(kept)):
+            self._put(self.array[place], number, value)
+
+
+def said(array: Any, count: int, numbers: Container[int] | None = None) -> dict[int, bytes]:
+    """What an application's template says, as far as it is asked for and lies in the template itself."""
+    return {
+        int(array[i].type): bytes(native.ffi.buffer(array[i].pValue, array[i].ulValueLen))
+        for i in range(count)
+        if (numbers is None or int(array[i].type) in numbers)
+        and not array[i].type & ck.CKF_ARRAY_ATTRIBUTE
+        and array[i].pValue != native.ffi.NULL
+        and array[i].ulValueLen < _SAID_MAX
+    }
+
+
 def _ulong(values: dict[int, bytes], number: int) -> int:
     return int.from_bytes(values.get(number, b""), "little")
 
 
-def copy(template: Any, count: int) -> tuple[Any, list[Any]] | None:
-    """A template of our own, with the memory that it points to; None if it holds pointers itself."""
-    if any(template[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count)):
-        return None
-    sizes = [int(template[i].ulValueLen) for i in range(count)]
-    buffers = [native.ffi.new("CK_BYTE[]", max(1, size)) for size in sizes]
-    array: Any = native.ffi.new("CK_ATTRIBUTE[]", count)
-    for index, (size, buffer) in enumerate(zip(sizes, buffers, strict=True)):
-        native.ffi.memmove(buffer, template[index].pValue, size)
-        array[index].type, array[index].pValue, array[index].ulValueLen = template[index].type, buffer, size
-    return array, buffers
-
-
-def find(member: Member, session: int, template: Sequence[tuple[int, bytes]]) -> list[int]:
+def find(member: Member, session: int, wanted: Mapping[int, bytes]) -> list[int]:
     """Handles of all objects that match; raises CkError."""
-    buffers = [native.ffi.new("CK_BYTE[]", value) for _, value in template]
-    array: Any = native.ffi.new("CK_ATTRIBUTE[]", max(1, len(template)))
-    for index, (number, value) in enumerate(template):
-        array[index].type, array[index].pValue, array[index].ulValueLen = number, buffers[index], len(value)
-    native.check(member.call("C_FindObjectsInit", session, array, len(template)), "finding", member)
+    asked = Filled(wanted)
+    native.check(member.call("C_FindObjectsInit", session, asked.array, asked.count), "finding", member)
     found: list[int] = []
     handles, count = native.ffi.new("CK_OBJECT_HANDLE[]", 256), native.ffi.new("CK_ULONG *")
     try:
-        while True:
+        while True:  # until none is left: a library may give fewer than it is asked for (PKCS#11 5.7.7)
             native.check(member.call("C_FindObjects", session, handles, 256, count), "finding", member)
             found += [int(handles[i]) for i in range(count[0])]
-            if count[0] < 256:
+            if not count[0]:
                 return found
     finally:
         member.call("C_FindObjectsFinal", session)

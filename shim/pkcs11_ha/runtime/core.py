@@ -126,7 +126,17 @@ class Core:
             elif serial is None:
                 serial = self._serial_without_member(group.label, members[0], known)
             face = Face("HA Virtual Card Slot", group.label, serial, group.manufacturer, group.model)
-            slots.append(VirtualSlot(len(slots), face, members, len(group.standby), group.balance, self.log))
+            slot = VirtualSlot(
+                len(slots),
+                face,
+                members,
+                len(group.standby),
+                group.balance,
+                self.log,
+                group,
+                self.leave_out,
+            )
+            slots.append(slot)
         identity_file.remember(state_dir, learnt)
         self._publish(slots)
         for slot in slots:
@@ -184,6 +194,13 @@ class Core:
         for slot in slots:
             slot.objects.member_lost(slot.index(member))
 
+    def leave_out(self, member: Member, rv: int, call: str, why: str) -> None:
+        """Leaves a member out for what the group's own work met there."""
+        self.lose(member, rv, call, member.epoch)
+        if why:
+            with self.lock:
+                member.why = why
+
     def refuse(self, member: Member, rv: int) -> None:
         """Leaves out a member that refused the PIN; it is not tried again with it."""
         self.lose(member, rv, "C_Login", member.epoch)
@@ -229,12 +246,12 @@ class Core:
         failed = member.outage.failed
         member.connect(self.libraries, self.settings.recovery.budget_s)
         for slot in slots:
-            login.restore(slot, member)
+            login.take_in(slot, member)
             slot.objects.reconcile(slot.index(member))
         with ExitStack() as stack:
             for slot in slots:
                 stack.enter_context(slot.login_lock)
-                login.restore(slot, member)  # the application may have logged in or out meanwhile
+                login.take_in(slot, member)  # the application may have logged in or out meanwhile
             stack.enter_context(self.lock)
             if self.stopping:
                 raise ConnectError(ck.CKR_CRYPTOKI_NOT_INITIALIZED, "C_Finalize was quicker")

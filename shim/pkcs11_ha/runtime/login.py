@@ -79,6 +79,14 @@ def restore(slot: VirtualSlot, member: Member) -> None:
     member.logins.add(slot.id)
 
 
+def take_in(slot: VirtualSlot, member: Member) -> None:
+    """As `restore`; and where the group keeps its objects everywhere, what the member missed is made up for."""
+    restore(slot, member)
+    replication = slot.replication
+    if replication and slot.user == ck.CKU_USER and not replication.party.takes_part(member):
+        replication.admit_back(member)
+
+
 def _may_have_cost_a_try(member: Member, rv: int) -> bool:
     """Whether the PIN may have been refused; codes of a vendor's own can mean anything."""
     return member.code(rv) not in _NOT_LOOKED_AT and rv not in (ck.CKR_DEVICE_ERROR, *_STUMBLES)
@@ -124,6 +132,8 @@ def login(
         slot.keep_pin(pin.pointer, pin.size)
         for member in [m for m in slot.up() if slot.id not in m.logins]:
             _follow(slot, member, user, pin, lose, refuse)
+        if slot.replication and user == ck.CKU_USER:
+            slot.replication.begin([member for member in slot.up() if slot.id in member.logins])
         if not any(slot.id in member.logins for member in slot.members):
             logout(slot, lose, in_time)
             raise CkError(ck.CKR_DEVICE_ERROR)  # each member has a PIN of its own, and none took it
@@ -218,6 +228,8 @@ def logout(slot: VirtualSlot, lose: Lose, in_time: InTime) -> None:
         slot.user = NOBODY
         slot.publish_login()
         slot.keep_pin(native.ffi.NULL, 0)
+        if slot.replication:
+            slot.replication.party.disband()
         slot.objects.drop_if(lambda known: known.identity.private)
         for member in slot.up():
             epoch = member.epoch

@@ -352,4 +352,6 @@ def profile_of(config: MemberConfig) -> str:
     name = config.module.rsplit("/", 1)[-1]
     if name.startswith("libsofthsm2"):
         return "softhsm"
+    if name.startswith("libsoftokn3"):
+        return "nss"
     return "p11-kit" if name.startswith("p11-kit-client") else "generic"

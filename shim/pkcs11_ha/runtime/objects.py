@@ -6,17 +6,21 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.codes import Code
+from pkcs11_ha.core.domain import KEY_ID
 from pkcs11_ha.core.identity import Identity, Kind, Match, Name, compare, complete, vouched
+from pkcs11_ha.core.ledger import Stage
 from pkcs11_ha.core.proof import USAGE_ATTRIBUTES, Operation, Proof, evidence, plan_proof, shared_usage
+from pkcs11_ha.core.template import RESERVED, ulong
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 
+_BULK = 16  # objects that are new to us: from here on a search for our own pays
 _PROVEN_AT_ONCE = 32  # claims of one search that are proven before it answers; for EC keys that is some time
 
 
@@ -36,7 +40,8 @@ class VirtualObject:
     handle: int
     identity: Identity
     session: int = 0  # of a session object: the virtual session that made it
-    template: tuple[Any, list[Any]] | None = None  # of a public session object: how to make it once more
+    recipe: Recipe | None = None  # of a session object: how to make it once more
+    uid: str = ""  # of its entry in the ledger, where that is known
     at: dict[int, Binding] = field(default_factory=dict)  # by member index
     absent: int = 0  # members that are known not to have it, as a mask
     used: bool = False  # it was: before that, whichever key of its name is at hand is the one that is meant
@@ -48,6 +53,16 @@ class VirtualObject:
     refuted: set[tuple[int, int, int]] = field(
         default_factory=set
     )  # (member, epoch, handle) that is another key
+
+
+class Recipe(Protocol):
+    """How a session object is made again on another member."""
+
+    def run(self, slot: Any, session: Any, index: int) -> Any:
+        """Makes it; the call that did, with the handle in `made`, None if nothing did."""
+
+    def forget(self) -> None:
+        """Wipes what it holds."""
 
 
 class ObjectMap:
@@ -68,6 +83,8 @@ class ObjectMap:
         self.tombstones: list[list[VirtualObject]] = [
             [] for _ in members
         ]  # destroyed while the member was away
+        # (epoch, handle) of what the group keeps there for itself
+        self.hidden: list[set[tuple[int, int]]] = [set() for _ in members]
 
     # ---- the tables ----
 
@@ -93,6 +110,11 @@ class ObjectMap:
         known.absent &= ~(1 << member)
         self.by_member[member][(epoch, handle)] = known
         self._publish(known)
+
+    def _prefer(self, known: VirtualObject, member: int, identity: Identity) -> None:
+        """Where it was generated, it knows more of itself than its copies do (CKA_LOCAL and its kin)."""
+        if identity.local:
+            native.lib.ha_object_prefer(known.handle, member)
 
     def _publish(self, known: VirtualObject) -> None:
         """What the data plane may use: nothing before the first use or while a claim is open: those come to us."""
@@ -121,6 +143,8 @@ class ObjectMap:
             for member in list(known.at):
                 self._unbind(known, member)
             native.lib.ha_object_free(known.handle)
+            if known.recipe is not None:
+                known.recipe.forget()
             self.objects.pop(known.handle, None)
             namesakes = self.by_name.get(known.identity.name, [])
             if known in namesakes:
@@ -143,6 +167,28 @@ class ObjectMap:
             self._publish(known)
             return index in known.at and known.at[index].proven
 
+    def hide(self, index: int, epoch: int, handle: int) -> None:
+        """The group's own: no application sees it."""
+        with self.lock:
+            if (epoch, handle) not in self.hidden[index]:
+                self.hidden[index].add((epoch, handle))
+                native.lib.ha_object_hide(self.native, index, epoch, handle)
+
+    def unhide(self, index: int, epoch: int, handle: int) -> None:
+        """It was destroyed: the library may give its number to another object."""
+        with self.lock:
+            if (epoch, handle) in self.hidden[index]:
+                self.hidden[index].discard((epoch, handle))
+                native.lib.ha_object_show(self.native, index, epoch, handle)
+
+    def _hide_in_bulk(self, index: int, epoch: int, session: int) -> None:
+        """One search instead of a look at each: a ledger can be long."""
+        member = self.members[index]
+        for stage in Stage:
+            wanted = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_LABEL: RESERVED + stage.value.encode()}
+            for handle in attributes.find(member, session, wanted):
+                self.hide(index, epoch, handle)
+
     def drop_if(self, condition: Callable[[VirtualObject], bool]) -> None:
         """Drops what dies with a session, a login or a member."""
         with self.lock:
@@ -158,7 +204,9 @@ class ObjectMap:
     def _gone_from(self, known: VirtualObject, index: int) -> None:
         self._unbind(known, index)
         known.absent |= 1 << index
-        if known.at or known.template is not None:
+        if known.recipe is not None and not known.at:
+            known.absent = 0  # any member can make it again
+        if known.at or known.recipe is not None:
             self._publish(known)
         else:
             self.drop(known)
@@ -180,8 +228,21 @@ class ObjectMap:
         member = self.members[index]
         result = []
         claims = []
+        with self.lock:
+            news = sum(
+                (epoch, h) not in self.by_member[index] and (epoch, h) not in self.hidden[index]
+                for h in handles
+            )
+        if news > _BULK and member.service.acquire(blocking=False):
+            try:
+                self._hide_in_bulk(index, epoch, member.session)
+            finally:
+                member.service.release()
         for handle in handles:
             with self.lock:
+                if (epoch, handle) in self.hidden[index]:
+                    result.append(0)
+                    continue
                 known = self.by_member[index].get((epoch, handle))
             if known is None:
                 try:
@@ -192,8 +253,13 @@ class ObjectMap:
                         continue
                     raise
                 self._same_life(member, epoch)
+                if self._is_ours(index, epoch, handle, identity):
+                    result.append(0)
+                    continue
                 known = self._by_what_it_shows(index, epoch, handle, identity)
                 known = known or self._place(index, epoch, handle, identity)
+                if known:
+                    self._prefer(known, index, identity)
                 if known and not known.at[index].proven:
                     claims.append(known)
             result.append(known.handle if known else 0)
@@ -201,6 +267,14 @@ class ObjectMap:
             self.handle_at(known, index)
             result = [self._now(index, epoch, handle, v) for handle, v in zip(handles, result, strict=True)]
         return result
+
+    def _is_ours(self, index: int, epoch: int, handle: int, identity: Identity) -> bool:
+        """Whether it is the group's own, or an object of which the ledger does not know yet that it is there."""
+        name = identity.name
+        if name.application.startswith(RESERVED) or name.id == KEY_ID:
+            self.hide(index, epoch, handle)
+            return True
+        return name.id.startswith(RESERVED)
 
     def _by_what_it_shows(
         self, index: int, epoch: int, handle: int, identity: Identity
@@ -281,6 +355,7 @@ class ObjectMap:
             new.made_here, new.homes = True, 1 << index
             new.absent = ((1 << len(self.members)) - 1) & ~(1 << index)
             self._bind(new, index, epoch, handle, proven=True)
+            self._prefer(new, index, identity)
         if identity.token:
             # It is made: what its member fails at now, the next call will see.
             with suppress(CkError), new.proving:
@@ -365,11 +440,11 @@ class ObjectMap:
         member, name = self.members[index], known.identity.name
         if name.object_class is None:
             return
-        template = [(ck.CKA_CLASS, name.object_class.to_bytes(8, "little")), (ck.CKA_TOKEN, b"\1")]
+        template = {ck.CKA_CLASS: name.object_class.to_bytes(8, "little"), ck.CKA_TOKEN: b"\1"}
         if name.id:
-            template.append((ck.CKA_ID, name.id))
+            template[ck.CKA_ID] = name.id
         if name.label:
-            template.append((ck.CKA_LABEL, name.label))
+            template[ck.CKA_LABEL] = name.label
         with member.service:
             epoch = member.epoch
             found = attributes.find(member, member.session, template)
@@ -446,6 +521,16 @@ class ObjectMap:
         if proof is not None:
             known.proof, known.evidence = proof, self._run(proof, index, binding.handle)
 
+    def shows(self, index: int, handle: int, identity: Identity) -> bytes | None:
+        """What a key shows on a member, whatever is known of it otherwise; None if it can show nothing.
+
+        It begins with the mechanism, for only what the same operation shows can be compared.  Raises CkError.
+        """
+        unknown = VirtualObject(0, identity)
+        proof = self._plan(unknown, index, handle, index, handle)
+        shown = self._run(proof, index, handle) if proof else None
+        return ulong(proof.mechanism) + shown if proof and shown else None
+
     def _usage(self, index: int, handle: int) -> dict[int, bytes]:
         member = self.members[index]
         with member.service:
@@ -501,7 +586,7 @@ class ObjectMap:
         member = self.members[index]
         with member.service:
             key = attributes.who(member, member.session, handle)
-            namesakes = attributes.find(member, member.session, [(ck.CKA_ID, key.name.id)])
+            namesakes = attributes.find(member, member.session, {ck.CKA_ID: key.name.id})
             others = [attributes.who(member, member.session, h) for h in namesakes if h != handle]
         return complete([key, *others])[0]
 
@@ -528,14 +613,14 @@ class ObjectMap:
         self.returning.add(index)
         try:
             with member.service:
-                found = attributes.find(member, member.session, [(ck.CKA_TOKEN, b"\1")])
+                found = attributes.find(member, member.session, {ck.CKA_TOKEN: b"\1"})
             self._bury(index, found)
             self.recognise(index, member.epoch, member.session, found)
         finally:
             self.returning.discard(index)
         with self.lock:
             for known in self.objects.values():
-                if index not in known.at and known.template is None:
+                if index not in known.at and known.recipe is None:
                     known.absent |= 1 << index
                 self._publish(known)
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkcs11_ha import ck
+from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core.policy import Standing, serving
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.objects import ObjectMap
+from pkcs11_ha.runtime.party import LeaveOut
+from pkcs11_ha.runtime.replication import Replication
 
 _BALANCE = {"least-busy": 0, "round-robin": 1, "primary-first": 2}
 NOBODY = ck.CK_UNAVAILABLE_INFORMATION
@@ -48,6 +51,8 @@ class VirtualSlot:
         standbys: int,
         balance: str,
         log: Callable[[Event], None],
+        group: GroupConfig | None = None,
+        leave_out: LeaveOut | None = None,
     ) -> None:
         self.id = slot_id
         self.face = face
@@ -59,6 +64,12 @@ class VirtualSlot:
         self.flags = _slot_flags([m.slot_flags for m in members if m.slot_flags is not None])
         self.log = log
         self.objects = ObjectMap(self.native, face.label, members, log)
+        self.group = group
+        self.replication: Replication | None = None
+        if group is not None and leave_out is not None and group.replication == "domain":
+            self.replication = Replication(group, members, self.objects, log, leave_out)
+        if group is not None:
+            native.lib.ha_slot_replicates(self.native)
         self.serving_mask = 0
         self.present = False
         self.published = False

@@ -161,6 +161,8 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     if any(role is Role.ANSWERS for role in row.roles):
         give_up = "{\n        ha_lengths_free(&lengths);\n        return call.rv;\n    }"
     lines.append(f"    if (!{begin}) {give_up}")
+    if _may_replicate(row):
+        lines += _to_the_core(row, arguments)
     if each:
         lines.append("    while (!call.finished && ha_call_route(&call)) {")
         lines += [f"        {line}" for line in each]
@@ -170,6 +172,26 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     lines += [f"    {line}" for line in after]
     lines.append("    return ha_call_end(&call);")
     return _checks(row, arguments) + "\n".join(lines) + "\n"
+
+
+def _may_replicate(row: Function) -> bool:
+    """Whether the core carries out the call instead, in a group that keeps its objects on every member."""
+    return row.route is Route.MEMBER and row.effect is Effect.CREATE
+
+
+def _to_the_core(row: Function, arguments: Sequence[Argument]) -> list[str]:
+    wanted = [
+        f" && {a.name}"
+        for role, a in zip(row.roles, arguments, strict=True)
+        if role is Role.NEW_OBJECT_OR_NULL
+    ]
+    names = ", ".join(a.name for a in arguments)
+    return [
+        f"    if (ha_call_replicates(&call){''.join(wanted)}) {{",
+        f"        call.rv = ha_unseal(ha_core.{row.name}({names}));",
+        "        return ha_call_end(&call);",
+        "    }",
+    ]
 
 
 def _entry_core(row: Function, arguments: Sequence[Argument]) -> str:
@@ -327,7 +349,7 @@ def _upcalls(prototypes: Prototypes) -> dict[str, str]:
     asked = {
         row.name: _parameters(prototypes[row.name])
         for row in FUNCTIONS
-        if row.route in (Route.CORE, Route.CORE_SESSION)
+        if row.route in (Route.CORE, Route.CORE_SESSION) or _may_replicate(row)
     }
     return _QUESTIONS | asked
 

@@ -1,0 +1,413 @@
+"""Calls that make objects: carried to one member, and from there to all that are to have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.ledger import Wrapped
+from pkcs11_ha.core.template import TRUE, Nested, Template, for_seed, is_reserved, is_stateful
+from pkcs11_ha.entry.carry import Carried
+from pkcs11_ha.entry.life import slot_of
+from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.attributes import Changed, Filled, said
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.placing import Seed
+from pkcs11_ha.runtime.replication import Replication
+from pkcs11_ha.runtime.service import mechanism
+from pkcs11_ha.runtime.slot import VirtualSlot
+
+# What the core reads of a template before anything is made; nothing that is secret.
+_DECIDING = frozenset(
+    {
+        *(ck.CKA_TOKEN, ck.CKA_CLASS, ck.CKA_KEY_TYPE, ck.CKA_ID, ck.CKA_LABEL, ck.CKA_APPLICATION),
+        *(ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE),
+        *(ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE, ck.CKA_WRAP_WITH_TRUSTED),
+    }
+)
+_SECRETS = frozenset(
+    {
+        *(ck.CKA_VALUE, ck.CKA_PRIVATE_EXPONENT, ck.CKA_PRIME_1, ck.CKA_PRIME_2, ck.CKA_EXPONENT_1),
+        *(ck.CKA_EXPONENT_2, ck.CKA_COEFFICIENT, ck.CKA_SEED),
+    }
+)
+
+
+def wish(array: Any, count: int) -> Template:
+    """What an application's template says that decides how its object is made.  Raises CkError for our own names."""
+    known = said(array, count, _DECIDING)
+    if is_reserved(known):
+        raise CkError(ck.CKR_ATTRIBUTE_VALUE_INVALID, "a name that the group keeps for itself")
+    vendor = {int(array[i].type) for i in range(count) if array[i].type & ck.CKA_VENDOR_DEFINED}
+    return {**known, **(said(array, count, vendor) if vendor else {})}
+
+
+Forward = Callable[[Any, Any, Sequence[Filled], Any], int]
+"""(vendor function, ha_call, templates, CK_OBJECT_HANDLE[] for what is made) -> return value."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """One call that makes objects: what it takes besides the templates, one of which stands for each object."""
+
+    name: str
+    objects: tuple[int, ...]
+    mechanism: Any
+    templates: tuple[tuple[Any, int], ...]
+    forward: Forward
+
+    def carried(self, slot: VirtualSlot, session: Any, member: int | None = None) -> Carried:
+        """Ready to be run; on one member alone if that is named."""
+        carried = Carried(self.name, slot, session, self.objects, self.mechanism)
+        return carried if member is None else carried.only(slot.members[member])
+
+    def make(self, carried: Carried, templates: Sequence[Filled]) -> list[int]:
+        """Handles of what was made on the member that `carried` came to.  Raises CkError."""
+        made = native.ffi.new("CK_OBJECT_HANDLE[]", len(self.templates))
+        rv = carried.run(lambda function, call: self.forward(function, call, templates, made))
+        if rv != ck.CKR_OK:
+            raise CkError(rv)
+        return [int(handle) for handle in made]
+
+
+def carry_out(handle: int, making: Making, results: Sequence[Any]) -> None:
+    """Makes what the application asks for, in a group that keeps its objects everywhere.  Raises CkError."""
+    session = native.lib.ha_session_find(handle)
+    slot = slot_of(session)
+    wishes = [wish(array, count) for array, count in making.templates]
+    if any(each.get(ck.CKA_TOKEN) == TRUE for each in wishes):
+        known = _on_all(slot, session, making, wishes)
+    else:
+        known = _in_session(slot, session, making, wishes)
+    for result, each in zip(results, known, strict=True):
+        result[0] = each.handle
+
+
+def _on_all(
+    slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template]
+) -> list[VirtualObject]:
+    replication = slot.replication
+    if replication is None:
+        return pinned(slot, session, making)
+    if not all(each.get(ck.CKA_TOKEN) == TRUE for each in wishes):
+        raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "one half of a key pair in the session, one on the token")
+    replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+    generated_by = int(making.mechanism.mechanism) if making.mechanism else None
+    if any(is_stateful(generated_by, each) for each in wishes):
+        if replication.group.min_copies > 1:
+            raise CkError(
+                ck.CKR_TEMPLATE_INCONSISTENT, "a key that must not be copied, and min_copies above 1"
+            )
+        return pinned(slot, session, making)
+    return replication.placing.spread(seed(slot, session, making, wishes), wishes)
+
+
+def seed(slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template]) -> Seed:
+    """The same as session objects, in a form that can be wrapped; what is public needs no such form."""
+    keys = _are_keys(wishes)
+    templates = [
+        Changed(array, count, for_seed(each, is_key=is_key))
+        for (array, count), each, is_key in zip(making.templates, wishes, keys, strict=True)
+    ]
+    carried = making.carried(slot, session)
+    handles = making.make(carried, templates)
+    return Seed(slot.members[carried.index], tuple(handles))
+
+
+def _are_keys(wishes: Sequence[Template]) -> list[bool]:
+    """Whether each object is a secret or private key: of a pair the second is."""
+    if len(wishes) == 2:
+        return [False, True]
+    return [True]
+
+
+def pinned(slot: VirtualSlot, session: Any, making: Making) -> list[VirtualObject]:
+    """On one member: nobody copies keys in this group, or of two copies of a stateful signature key each would sign
+    with what the other has used up."""
+    carried = making.carried(slot, session)
+    carried.call.creates_token = 1
+    handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
+    known = _adopted(slot, session, carried, handles)
+    for each in known:
+        slot.objects.pinned(each)
+    return known
+
+
+def _adopted(
+    slot: VirtualSlot, session: Any, carried: Carried, handles: Sequence[int]
+) -> list[VirtualObject]:
+    owner = int(native.lib.ha_session_handle(session))
+    known = [slot.objects.adopt(carried.index, carried.epoch, carried.session, h, owner) for h in handles]
+    if not all(each.identity.token for each in known):
+        native.lib.ha_session_own(session, carried.index)
+    return known
+
+
+# ---- session objects ----
+
+
+class Again:
+    """The recipe of a session object: its call once more, with copies of all that the call was given.
+
+    What is secret in it lies in locked memory.
+    """
+
+    def __init__(self, making: Making, kept: Any, templates: Sequence[_Locked]) -> None:
+        self.making, self.kept, self.templates = making, kept, templates
+
+    def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
+        """Makes the object on a member; None if that cannot be.  `handle` of the result's is its handle there."""
+        carried = self.making.carried(slot, session, index)
+        try:
+            carried.made = self.making.make(carried, self.templates)[0]
+        except CkError:
+            return None
+        return carried
+
+    def forget(self) -> None:
+        if self.kept is not None:
+            native.lib.ha_mechanism_forget(self.kept)
+            self.kept = None
+        for template in self.templates:
+            template.wipe()
+
+
+class _Locked(Filled):
+    """A deep copy of an application's template; secret values in locked memory."""
+
+    def __init__(self, array: Any, count: int) -> None:
+        secret = {int(array[i].type) for i in range(count)} & _SECRETS
+        super().__init__(said(array, count, {int(array[i].type) for i in range(count)} - secret))
+        self._locked: list[Any] = []
+        held = native.ffi.new("CK_ATTRIBUTE[]", self.count + len(secret) or 1)
+        for place in range(self.count):
+            held[place] = self.array[place]
+        self._kept.append(self.array)
+        for i in range(count):
+            if int(array[i].type) in secret:
+                copy = native.lib.ha_secret_new(array[i].pValue, array[i].ulValueLen)
+                if not copy:
+                    self.wipe()
+                    raise CkError(ck.CKR_HOST_MEMORY)
+                self._locked.append(copy)
+                held[self.count].type = array[i].type
+                held[self.count].pValue = native.lib.ha_secret_bytes(copy)
+                held[self.count].ulValueLen = array[i].ulValueLen
+                self.count += 1
+        self.array = held
+
+    def wipe(self) -> None:
+        """Afterwards it is empty."""
+        self.count = 0
+        while self._locked:
+            native.lib.ha_secret_wipe(self._locked.pop())
+
+
+def recipe(making: Making) -> Again | None:
+    """How to make the object again; None where that cannot be known: a mechanism of unknown layout, or a template
+    in templates."""
+    ((array, count),) = making.templates
+    if any(array[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count)):
+        return None
+    kept = None
+    if making.mechanism:
+        kept = native.lib.ha_mechanism_copy(making.mechanism)
+        if not kept:
+            return None
+    copy = _Locked(array, count)
+    taken = native.lib.ha_mechanism_kept(kept) if kept is not None else None
+    again = Making(making.name, making.objects, taken, ((copy.array, copy.count),), making.forward)
+    return Again(again, kept, [copy])
+
+
+class Unwrapped:
+    """The recipe of a generated session key: to unwrap it once more under the domain key."""
+
+    def __init__(
+        self, replication: Replication, wrapped: Wrapped, template: Mapping[int, bytes | Nested]
+    ) -> None:
+        self.replication, self.wrapped, self.template = replication, wrapped, template
+
+    def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
+        """As that of `Again`."""
+        keys = self.replication.party.keys.get(slot.members[index].name, {})
+        key = keys.get(self.wrapped.generation)
+        if key is None or self.wrapped.form not in key.spellings:
+            return None
+        spelling, filled = mechanism(key.spellings[self.wrapped.form]), Filled(self.template)
+        made = native.ffi.new("CK_OBJECT_HANDLE *")
+        blob = self.wrapped.blob
+        carried = Carried("C_UnwrapKey", slot, session).only(slot.members[index])
+        rv = carried.run(
+            lambda function, call: int(
+                function(
+                    *(call.member_session, spelling, key.handle, blob, len(blob)),
+                    *(filled.array, filled.count, made),
+                )
+            )
+        )
+        carried.made = int(made[0])
+        return carried if rv == ck.CKR_OK else None
+
+    def forget(self) -> None:
+        """It holds nothing that is secret."""
+
+
+_MADE_BY_CHANCE = ("C_GenerateKey", "C_GenerateKeyPair", "C_EncapsulateKey")
+
+
+def _in_session(
+    slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template]
+) -> list[VirtualObject]:
+    """On one member; on another when it is needed there, if its call tells all there is to it."""
+    replication, by_chance = slot.replication, making.name in _MADE_BY_CHANCE
+    can_change = replication is not None and replication.group.session_keys == "replicate"
+    if replication and can_change and by_chance and len(wishes) == 1:
+        return [_wrapped_in_session(slot, session, making, wishes[0], replication)]
+    carried = making.carried(slot, session)
+    handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
+    known = _adopted(slot, session, carried, handles)
+    if not by_chance:
+        known[0].recipe = recipe(making)
+    return known
+
+
+def _wrapped_in_session(
+    slot: VirtualSlot, session: Any, making: Making, wanted: Template, replication: Replication
+) -> VirtualObject:
+    """A generated session key that can change members."""
+    ((array, count),) = making.templates
+    changes = {n: v for n, v in for_seed(wanted, is_key=True).items() if n != ck.CKA_TOKEN}
+    carried = making.carried(slot, session)
+    handles = making.make(carried, [Changed(array, count, changes)])
+    wrapped, template = replication.copying.of_session(slot.members[carried.index], handles[0], wanted)
+    known = _adopted(slot, session, carried, handles)[0]
+    known.recipe = Unwrapped(replication, wrapped, template)
+    return known
+
+
+# ---- the calls of the standard ----
+
+
+def _generate_key(handle: int, mechanism_: Any, template: Any, count: int, key: Any) -> None:
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        return int(function(call.member_session, call.member_mechanism, one.array, one.count, made))
+
+    carry_out(handle, Making("C_GenerateKey", (), mechanism_, ((template, count),), forward), (key,))
+
+
+def _generate_key_pair(
+    handle: int,
+    mechanism_: Any,
+    public: Any,
+    public_count: int,
+    private: Any,
+    private_count: int,
+    public_key: Any,
+    private_key: Any,
+) -> None:
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        one, two = templates
+        given = (one.array, one.count, two.array, two.count)
+        return int(function(call.member_session, call.member_mechanism, *given, made, made + 1))
+
+    templates = ((public, public_count), (private, private_count))
+    making = Making("C_GenerateKeyPair", (), mechanism_, templates, forward)
+    carry_out(handle, making, (public_key, private_key))
+
+
+def _unwrap_key(
+    handle: int, mechanism_: Any, key: int, wrapped: Any, size: int, template: Any, count: int, made_key: Any
+) -> None:
+    blob = _held(wrapped, size)
+
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        given = (call.member_session, call.member_mechanism, call.member_object[0], blob, size)
+        return int(function(*given, one.array, one.count, made))
+
+    carry_out(handle, Making("C_UnwrapKey", (key,), mechanism_, ((template, count),), forward), (made_key,))
+
+
+def _unwrap_key_authenticated(
+    handle: int,
+    mechanism_: Any,
+    key: int,
+    wrapped: Any,
+    size: int,
+    template: Any,
+    count: int,
+    data: Any,
+    data_size: int,
+    made_key: Any,
+) -> None:
+    blob, associated = _held(wrapped, size), _held(data, data_size)
+
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        given = (call.member_session, call.member_mechanism, call.member_object[0], blob, size)
+        return int(function(*given, one.array, one.count, associated, data_size, made))
+
+    making = Making("C_UnwrapKeyAuthenticated", (key,), mechanism_, ((template, count),), forward)
+    carry_out(handle, making, (made_key,))
+
+
+def _derive_key(handle: int, mechanism_: Any, key: int, template: Any, count: int, made_key: Any) -> None:
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        given = (call.member_session, call.member_mechanism, call.member_object[0])
+        return int(function(*given, one.array, one.count, made))
+
+    carry_out(handle, Making("C_DeriveKey", (key,), mechanism_, ((template, count),), forward), (made_key,))
+
+
+def _encapsulate_key(
+    handle: int, mechanism_: Any, key: int, template: Any, count: int, text: Any, size: Any, made_key: Any
+) -> None:
+    capacity = int(size[0])
+
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        size[0] = capacity
+        given = (call.member_session, call.member_mechanism, call.member_object[0])
+        return int(function(*given, one.array, one.count, text, size, made))
+
+    making = Making("C_EncapsulateKey", (key,), mechanism_, ((template, count),), forward)
+    carry_out(handle, making, (made_key,))
+
+
+def _decapsulate_key(
+    handle: int, mechanism_: Any, key: int, template: Any, count: int, text: Any, size: int, made_key: Any
+) -> None:
+    ciphertext = _held(text, size)
+
+    def forward(function: Any, call: Any, templates: Sequence[Filled], made: Any) -> int:
+        (one,) = templates
+        given = (call.member_session, call.member_mechanism, call.member_object[0])
+        return int(function(*given, one.array, one.count, ciphertext, size, made))
+
+    making = Making("C_DecapsulateKey", (key,), mechanism_, ((template, count),), forward)
+    carry_out(handle, making, (made_key,))
+
+
+def _held(pointer: Any, size: int) -> Any:
+    """A copy of an input, as a recipe may outlive the call."""
+    copy = native.ffi.new("CK_BYTE[]", max(1, size))
+    if size:
+        native.ffi.memmove(copy, pointer, size)
+    return copy
+
+
+HANDLERS: dict[str, Callable[..., int | None]] = {
+    "C_GenerateKey": _generate_key,
+    "C_GenerateKeyPair": _generate_key_pair,
+    "C_UnwrapKey": _unwrap_key,
+    "C_UnwrapKeyAuthenticated": _unwrap_key_authenticated,
+    "C_DeriveKey": _derive_key,
+    "C_EncapsulateKey": _encapsulate_key,
+    "C_DecapsulateKey": _decapsulate_key,
+}

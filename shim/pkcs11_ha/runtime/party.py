@@ -1,0 +1,114 @@
+"""Who takes part in a group's replication: the members that are there and have the group's domain key."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from pkcs11_ha import ck
+from pkcs11_ha.config import GroupConfig
+from pkcs11_ha.core.domain import Generation
+from pkcs11_ha.core.ledger import Replica
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import domain
+from pkcs11_ha.runtime.domain import DomainKey
+from pkcs11_ha.runtime.ledger import Ledger
+from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import ObjectMap
+from pkcs11_ha.runtime.service import MemberFault, Refused
+
+LeaveOut = Callable[[Member, int, str, str], None]
+"""Leaves a member out: (member, return value, call, why in one line)."""
+
+
+class Party:
+    """The members of one group, and the only writer of which of them take part."""
+
+    def __init__(
+        self,
+        group: GroupConfig,
+        members: Sequence[Member],
+        objects: ObjectMap,
+        log: Callable[[Event], None],
+        leave_out: LeaveOut,
+    ) -> None:
+        self.group = group
+        self.members = members
+        self.objects = objects
+        self.log = log
+        self.leave_out = leave_out
+        self.ledger = Ledger(group.label, members, objects)
+        self.lock = threading.RLock()  # one write of this process at a time
+        self.generation: Generation | None = None
+        self.attended: dict[str, int] = {}  # members that take part -> the epoch in which they were found fit
+        self.keys: dict[str, dict[int, DomainKey]] = {}
+
+    def takes_part(self, member: Member) -> bool:
+        """Whether it was found fit, in its present life."""
+        return self.attended.get(member.name) == member.epoch
+
+    def disband(self) -> None:
+        """Nobody is logged in any more."""
+        self.attended.clear()
+
+    def admit(self, member: Member) -> None:
+        """It is fit."""
+        self.attended[member.name] = member.epoch
+
+    def dismiss(self, member: Member) -> None:
+        """It is not, after all."""
+        self.attended.pop(member.name, None)
+
+    def there(self) -> list[Member]:
+        """Members that take part and are well, in the configuration's order."""
+        return [member for member in self.members if self.takes_part(member)]
+
+    def roster(self) -> frozenset[str]:
+        """Names of all members that the group has: of the configuration, and those still owed something."""
+        return frozenset(member.name for member in self.members)
+
+    def take_part(self, members: Sequence[Member], generation: Generation) -> None:
+        """By an operator's decision: these members, with this domain key.  Raises MemberFault, CkError."""
+        for member in members:
+            self.keys[member.name] = domain.keys_of(member)
+            self.attended[member.name] = member.epoch
+        self.generation = generation
+
+    def look(self, member: Member) -> dict[int, DomainKey] | None:
+        """The domain keys a member proves; None if it failed at that, and is left out."""
+        try:
+            self.keys[member.name] = domain.keys_of(member)
+        except (MemberFault, Refused, CkError) as error:
+            self.leave_out(member, error.rv, "the domain key", str(error))
+            return None
+        return self.keys[member.name]
+
+    def refuse(self, member: Member, why: str) -> None:
+        self.attended.pop(member.name, None)
+        self.log(Event("domain.refused", self.group.label, member.name, {"why": why}))
+        self.leave_out(member, ck.CKR_DEVICE_ERROR, "the domain key", why)
+
+    def leave(self, fault: MemberFault) -> None:
+        self.attended.pop(fault.member.name, None)
+        self.leave_out(fault.member, fault.rv, fault.call, "")
+
+    def rejected(self, why: str, rv: int = ck.CKR_DEVICE_ERROR) -> CkError:
+        self.log(Event("replication.refused", self.group.label, "", {"why": why}))
+        return CkError(rv, why)
+
+    def away(self) -> frozenset[str]:
+        there = self.there()
+        return self.roster() - {member.name for member in there}
+
+    def replicas(self, uid: str) -> list[Replica]:
+        """Of one entry, on whoever is there."""
+        while there := self.there():
+            try:
+                return self.ledger.of(uid, there)
+            except MemberFault as fault:
+                self.leave(fault)
+            except CkError as error:
+                failed = error.member if isinstance(error.member, Member) else there[0]
+                self.leave(MemberFault(failed, error.rv, "C_FindObjects"))
+        return []

@@ -1,0 +1,340 @@
+"""Placing: what is made in the group is announced, put on one member after the other, and marked as there."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pkcs11_ha import ck
+from pkcs11_ha.core import wrapping
+from pkcs11_ha.core.identity import Identity, Kind
+from pkcs11_ha.core.ledger import Entry, Owner, Stage, Wrapped, tombstone
+from pkcs11_ha.core.template import (
+    FALSE,
+    TRUE,
+    Nested,
+    Template,
+    contradictions,
+    has_id,
+    tag,
+    ulong,
+    wished,
+)
+from pkcs11_ha.runtime import attributes, native
+from pkcs11_ha.runtime.attributes import Changed
+from pkcs11_ha.runtime.changing import Changing
+from pkcs11_ha.runtime.copying import Copying
+from pkcs11_ha.runtime.ledger import me
+from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.party import Party
+from pkcs11_ha.runtime.service import MemberFault, Refused, do
+from pkcs11_ha.runtime.settling import Settling
+from pkcs11_ha.runtime.whereabouts import Whereabouts
+
+_STALE_S = 8.0  # a writer that was held up so long may have been taken for dead: it stops
+
+_KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What a call of the application made on one member as session objects, to be copied and destroyed."""
+
+    member: Member
+    handles: tuple[int, ...]
+
+
+@dataclass
+class Part:
+    """One object on its way to all members.  `put(member, changes)` makes it there and gives the handle."""
+
+    entry: Entry
+    final: Template  # what guards it, as it has to come out
+    put: Callable[[Member, Mapping[int, bytes]], int]
+    origin: str = ""  # the member that generated it
+    at: dict[str, int] = field(default_factory=dict)  # member -> handle, where it is in place
+
+    @property
+    def may_be_tagged(self) -> bool:
+        """Whether CKA_ID can say that it is new: not of objects without one, or that must not be modified."""
+        return has_id(self.entry.name.object_class) and self.final.get(ck.CKA_MODIFIABLE) != FALSE
+
+
+class Placing:
+    """Makes objects everywhere, or nowhere."""
+
+    def __init__(
+        self, party: Party, whereabouts: Whereabouts, copying: Copying, settling: Settling, changing: Changing
+    ) -> None:
+        self.party = party
+        self.whereabouts = whereabouts
+        self.copying = copying
+        self.settling = settling
+        self.changing = changing
+
+    def spread(self, seed: Seed, wishes: Sequence[Template]) -> list[VirtualObject]:
+        """Puts what a seed is on every member, as wished (of each: what the application said).  Raises CkError."""
+        with self.party.lock:
+            try:
+                parts = self._parts_of(seed, wishes)
+                if parts is None:
+                    return self._pin(seed, wishes)
+                return self._place(parts)
+            except MemberFault as fault:
+                self.party.leave(fault)
+                raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
+            except Refused as error:
+                raise CkError(error.rv, str(error), error.member) from None
+            finally:
+                self.discard(seed)
+
+    def discard(self, seed: Seed) -> None:
+        """The seed has served; what a dead member keeps of it dies with its sessions."""
+        for handle in seed.handles:
+            if handle:
+                seed.member.call("C_DestroyObject", seed.member.session, handle)
+
+    def _parts_of(self, seed: Seed, wishes: Sequence[Template]) -> list[Part] | None:
+        """None if a key among it cannot be wrapped: it is to stay where it is."""
+        member = seed.member
+        with member.service:
+            shown = [attributes.template_of(member, member.session, handle) for handle in seed.handles]
+            identities = [attributes.who(member, member.session, handle) for handle in seed.handles]
+        points = [value for each in shown if (value := each.get(ck.CKA_EC_POINT))]
+        parts = []
+        for handle, each, identity, wish in zip(seed.handles, shown, identities, wishes, strict=True):
+            wrapped = None
+            is_key = identity.kind in _KEYS
+            final = wished(wish, is_key=is_key)
+            if is_key:
+                try:
+                    wrapped = self.copying.wrap(member, handle)
+                except Refused as error:
+                    if error.rv not in wrapping.NOT_WRAPPABLE:
+                        raise
+                    return None
+            entry = self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
+            template = {**each, **final, **_own_attributes(wish, each)}
+            point = points[0] if points and isinstance(points[0], bytes) else None
+            put = self._putter(entry, template, final, point, seed, handle)
+            parts.append(Part(entry, final, put, member.name))
+        return _bundled(parts)
+
+    def _new_entry(self, identity: Identity, wrapped: Wrapped | None, evidence: bytes | None) -> Entry:
+        shown = None if identity.borrowed else identity.fingerprint
+        return Entry(secrets.token_hex(16), 1, True, identity.name, shown, evidence, wrapped, owner=me())
+
+    def _putter(
+        self,
+        entry: Entry,
+        template: Template,
+        final: Mapping[int, bytes],
+        point: bytes | None,
+        seed: Seed,
+        handle: int,
+    ) -> Callable[[Member, Mapping[int, bytes]], int]:
+        """On the seed's own member a copy of it, which keeps CKA_LOCAL; elsewhere from its blob or attributes."""
+
+        def put(member: Member, changes: Mapping[int, bytes]) -> int:
+            if member is seed.member:
+                with suppress(Refused), member.service:
+                    return self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE, **changes})
+            return self.copying.make_on(member, entry, {**template, **changes}, point)
+
+        return put
+
+    def _pin(self, seed: Seed, wishes: Sequence[Template]) -> list[VirtualObject]:
+        """What cannot be wrapped stays on the member that made it, and is reported."""
+        if self.party.group.min_copies > 1:
+            raise self.party.rejected(
+                "the key cannot be wrapped, min_copies wants it", ck.CKR_KEY_NOT_WRAPPABLE
+            )
+        member, made = seed.member, []
+        index, epoch = self.party.members.index(member), member.epoch
+        try:
+            for handle, wish in zip(seed.handles, wishes, strict=True):
+                with member.service:
+                    shown = attributes.read(member, member.session, handle, (ck.CKA_CLASS,))
+                    is_key = shown.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
+                    final = wished(wish, is_key=is_key)
+                    made.append(self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE}))
+        except (MemberFault, Refused):
+            for handle in made:
+                member.call("C_DestroyObject", member.session, handle)
+            raise
+        known = [self.party.objects.adopt(index, epoch, member.session, handle, 0) for handle in made]
+        for each in known:
+            self.party.objects.pinned(each)
+        return known
+
+    def create(self, array: Any, count: int, seed: Seed | None) -> list[VirtualObject]:
+        """C_CreateObject on every member with the application's template; `seed`: the same as a session object, if
+        it is a key, for its blob.  Raises CkError."""
+        with self.party.lock:
+            try:
+                said = attributes.said(array, count)
+                wrapped = None
+                if seed is not None:
+                    with suppress(Refused):
+                        wrapped = self.copying.wrap(seed.member, seed.handles[0])
+
+                def put(member: Member, changes: Mapping[int, bytes]) -> int:
+                    changed = Changed(array, count, dict(changes))
+                    made = native.ffi.new("CK_OBJECT_HANDLE *")
+                    with member.service:
+                        templates = (changed.array, changed.count)
+                        do(member, "C_CreateObject", member.session, *templates, made)
+                    return int(made[0])
+
+                return self._place([self._part_by_trial(put, said, wrapped)])
+            except MemberFault as fault:
+                self.party.leave(fault)
+                raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
+            except Refused as error:
+                raise CkError(error.rv, str(error), error.member) from None
+            finally:
+                if seed is not None:
+                    self.discard(seed)
+
+    def _part_by_trial(
+        self, put: Callable[[Member, Mapping[int, bytes]], int], said: Template, wrapped: Wrapped | None
+    ) -> Part:
+        """Who the object is, by making it once as a session object on the first member."""
+        member = self.party.there()[0]
+        handle = put(member, {ck.CKA_TOKEN: FALSE})
+        with member.service:
+            try:
+                identity = replace(attributes.who(member, member.session, handle), token=True)
+                entry = self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
+            finally:
+                member.call("C_DestroyObject", member.session, handle)
+        final = {
+            n: v for n, v in said.items() if n in (ck.CKA_MODIFIABLE, ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE)
+        }
+        return Part(entry, final, put)
+
+    def copy(self, source: VirtualObject, array: Any, count: int) -> list[VirtualObject]:
+        """C_CopyObject to a token object, on every member that has the source.  Raises CkError."""
+        with self.party.lock:
+            try:
+                said = attributes.said(array, count)
+
+                def put(member: Member, changes: Mapping[int, bytes]) -> int:
+                    handle = self.party.objects.handle_at(source, self.party.members.index(member))
+                    if not handle:
+                        raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, "C_CopyObject")
+                    changed = Changed(array, count, dict(changes))
+                    made = native.ffi.new("CK_OBJECT_HANDLE *")
+                    with member.service:
+                        arguments = (handle, changed.array, changed.count)
+                        do(member, "C_CopyObject", member.session, *arguments, made)
+                    return int(made[0])
+
+                known = self.changing.entry_of(source, self.party.there()) if source.identity.token else None
+                return self._place([self._part_by_trial(put, said, known.wrapped if known else None)])
+            except MemberFault as fault:
+                self.party.leave(fault)
+                raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
+            except Refused as error:
+                raise CkError(error.rv, str(error), error.member) from None
+
+    def _place(self, parts: Sequence[Part]) -> list[VirtualObject]:
+        """Announces, puts in place on one member after the other, and tells the object map.  Raises CkError."""
+        began = time.monotonic()
+        lost: list[str] = []
+        for member in self.party.there():
+            try:
+                self._announce(member, parts)
+            except MemberFault as fault:
+                self.party.leave(fault)
+                lost.append(member.name)
+        for member in self.party.there():
+            try:
+                if time.monotonic() - began > _STALE_S:
+                    raise Refused(member, ck.CKR_FUNCTION_FAILED, "a write that was held up too long")
+                self._put(member, parts)
+            except MemberFault as fault:
+                self.party.leave(fault)
+                lost.append(member.name)
+            except Refused as error:
+                self._undo(parts, lost)
+                raise CkError(error.rv, str(error), member) from None
+        there = [m for m in self.party.there() if all(m.name in part.at for part in parts)]
+        if len(there) < max(1, self.party.group.min_copies):
+            self._undo(parts, lost)
+            raise self.party.rejected("too few members took it")
+        known = [self._adopt(part, there) for part in parts]
+        self.settling.finish([part.entry.uid for part in parts])
+        return known
+
+    def _announce(self, member: Member, parts: Sequence[Part]) -> None:
+        if self.party.ledger.can_keep(self.party.there()):
+            for part in parts:
+                self.party.ledger.write(member, part.entry, Stage.ANNOUNCED, self.party.there())
+
+    def _put(self, member: Member, parts: Sequence[Part]) -> None:
+        """Each object comes in with a mark of its own, which it loses when the ledger knows that it is there."""
+        for part in parts:
+            mark = tag(part.entry.uid) if part.may_be_tagged else {}
+            handle = part.put(member, mark)
+            part.at[member.name] = handle
+            with member.service:
+                made = attributes.read(member, member.session, handle, tuple(part.final) or (ck.CKA_CLASS,))
+            if contradictions(part.final, made):
+                raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
+            self.settling.mark(member, part.entry, Stage.PLACED)
+            if mark:
+                self.settling.untag(member, handle, part.entry)
+
+    def _adopt(self, part: Part, there: Sequence[Member]) -> VirtualObject:
+        first, *others = sorted(there, key=lambda member: member.name != part.origin)  # it knows most of it
+        index = self.party.members.index(first)
+        known = self.party.objects.adopt(index, first.epoch, first.session, part.at[first.name], 0)
+        for member in others:
+            self.party.objects.also_at(
+                known, self.party.members.index(member), member.epoch, part.at[member.name]
+            )
+        known.uid = part.entry.uid
+        return known
+
+    def _undo(self, parts: Sequence[Part], lost: Iterable[str]) -> None:
+        """The application is told that there is no object: there must be none, nor come back."""
+        gone = list(lost)
+        for member in self.party.there():
+            for part in parts:
+                if part.at.get(member.name):
+                    member.call("C_DestroyObject", member.session, part.at[member.name])
+        owner = me()
+        for part in parts:
+            for member in self.party.there():
+                try:
+                    if gone and self.party.ledger.can_keep(self.party.there()):
+                        grave = tombstone(part.entry, owner, gone)
+                        self.party.ledger.write(member, grave, Stage.PLACED, self.party.there())
+                    for replica in self.party.ledger.of(part.entry.uid, [member]):
+                        if replica.entry.alive:
+                            self.party.ledger.erase(replica)
+                except (MemberFault, Refused, CkError) as error:
+                    if isinstance(error, MemberFault):
+                        self.party.leave(error)
+
+
+def _own_attributes(wish: Template, shown: Template) -> dict[int, bytes | Nested]:
+    """What the application asked for and we know nothing of: for the copies as well."""
+    return {n: v for n, v in wish.items() if n >= ck.CKA_VENDOR_DEFINED and n not in shown}
+
+
+def _bundled(parts: list[Part]) -> list[Part]:
+    """Each entry of one call's objects announces the others, so that none comes without them."""
+    owner: Owner = me()
+    entries = [replace(part.entry, owner=owner) for part in parts]
+    for part, entry in zip(parts, entries, strict=True):
+        others = tuple(other for other in entries if other.uid != entry.uid)
+        part.entry = replace(entry, together=others)
+    return parts

@@ -1,0 +1,116 @@
+"""Replication: what is made, changed or destroyed in a group is so on every member, whoever dies in between.
+
+A write is announced in the ledger of all members that are there, done on one member after the other, and marked
+there as done (`placing`, `changing`); `core.ledger` says what follows from the marks.  What was begun and not ended is
+brought to its end at the next login or when a member returns (`settling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pkcs11_ha import ck
+from pkcs11_ha.config import GroupConfig
+from pkcs11_ha.core import domain as domains
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import domain
+from pkcs11_ha.runtime.changing import Changing
+from pkcs11_ha.runtime.copying import Copying
+from pkcs11_ha.runtime.ledger import Busy
+from pkcs11_ha.runtime.member import ConnectError, Member
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.objects import ObjectMap
+from pkcs11_ha.runtime.party import LeaveOut, Party
+from pkcs11_ha.runtime.placing import Placing
+from pkcs11_ha.runtime.service import MemberFault, Refused
+from pkcs11_ha.runtime.settling import Settling
+from pkcs11_ha.runtime.whereabouts import Unproven, Whereabouts
+
+
+class Replication:
+    """Of one group.  The only writer of token objects, ledger and domain keys there, besides the CLI's commands."""
+
+    def __init__(
+        self,
+        group: GroupConfig,
+        members: Sequence[Member],
+        objects: ObjectMap,
+        log: Callable[[Event], None],
+        leave_out: LeaveOut,
+    ) -> None:
+        self.group = group
+        self.party = Party(group, members, objects, log, leave_out)
+        self.whereabouts = Whereabouts(self.party)
+        self.copying = Copying(self.party, self.whereabouts)
+        self.settling = Settling(self.party, self.whereabouts, self.copying)
+        self.changing = Changing(self.party, self.whereabouts, self.settling)
+        self.placing = Placing(self.party, self.whereabouts, self.copying, self.settling, self.changing)
+        self.is_by_hand = False  # a command is at work, and decides itself who takes part
+
+    def begin(self, members: Sequence[Member]) -> None:
+        """After the login: who has the group's domain key takes part, and all are brought up to date."""
+        if self.is_by_hand:
+            return
+        with self.party.lock:
+            held = {}
+            for member in members:
+                keys = self.party.look(member)
+                if keys is not None:
+                    held[member.name] = {number: key.generation for number, key in keys.items()}
+            agreement = domains.agree(held)
+            self.party.generation = agreement.generation
+            for member in members:
+                if member.name not in held:
+                    continue
+                why = agreement.refused.get(member.name)
+                if why:
+                    self.party.refuse(member, why)
+                else:
+                    self.party.admit(member)
+            try:
+                self.settling.settle()
+            except MemberFault as fault:
+                self.party.leave(fault)
+
+    def admit_back(self, member: Member) -> None:
+        """A member that returns, logged in: fit and up to date, or ConnectError says why not."""
+        if self.is_by_hand:
+            return
+        with self.party.lock:
+            try:
+                keys = self.party.keys[member.name] = domain.keys_of(member)
+                if self.party.generation is not None:
+                    own = {number: key.generation for number, key in keys.items()}
+                    why = domains.lacks(member.name, own, self.party.generation)
+                    if why:
+                        raise ConnectError(ck.CKR_DEVICE_ERROR, why)
+                elif keys:
+                    self.party.generation = keys[max(keys)].generation
+                self.party.admit(member)
+                self.settling.settle(member)
+            except (MemberFault, Refused, CkError, Busy, Unproven) as error:
+                self.party.dismiss(member)
+                if isinstance(error, MemberFault) and error.member is not member:
+                    self.party.leave(error)
+                raise ConnectError(getattr(error, "rv", ck.CKR_DEVICE_ERROR), str(error)) from None
+            except ConnectError:
+                self.party.dismiss(member)
+                raise
+
+    def require(self, user: int, read_only: bool) -> list[Member]:
+        """Who can be written to now.  Raises CkError where the group cannot take a token object."""
+        if read_only:
+            raise CkError(ck.CKR_SESSION_READ_ONLY)
+        if user != ck.CKU_USER:
+            raise CkError(ck.CKR_USER_NOT_LOGGED_IN)  # the ledger is private
+        there = self.party.there()
+        if not there:
+            raise CkError(ck.CKR_DEVICE_ERROR)
+        away = self.party.roster() - {member.name for member in there}
+        if len(there) < self.party.group.min_copies:
+            raise self.party.rejected(
+                f"{len(there)} members are there, min_copies wants {self.party.group.min_copies}"
+            )
+        if away and not self.party.ledger.can_keep(there):
+            raise self.party.rejected(f"{', '.join(sorted(away))} is away, and nobody keeps the ledger")
+        return there

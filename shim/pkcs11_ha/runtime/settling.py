@@ -1,0 +1,216 @@
+"""Settling: whatever a write left open is brought to its end, on every member that is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.ledger import Entry, Replica, Situation, Stage, assess
+from pkcs11_ha.core.template import (
+    has_id,
+    named,
+)
+from pkcs11_ha.log import Event
+from pkcs11_ha.runtime.attributes import Filled
+from pkcs11_ha.runtime.copying import Copying
+from pkcs11_ha.runtime.ledger import Busy
+from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.party import Party
+from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do
+from pkcs11_ha.runtime.whereabouts import Unproven, Whereabouts
+
+_PATIENCE_S = 3.0  # with another process at work on the same object, or on the same member
+
+
+class Settling:
+    """Rolls announced writes forward, pays what members missed, and closes what is done everywhere."""
+
+    def __init__(self, party: Party, whereabouts: Whereabouts, copying: Copying) -> None:
+        self.party = party
+        self.whereabouts = whereabouts
+        self.copying = copying
+
+    def finish(self, uids: Iterable[str]) -> None:
+        """Once it is done everywhere: kept, or forgotten."""
+        for uid in uids:
+            with suppress(CkError, Refused):
+                try:
+                    self._close(uid)
+                except MemberFault as fault:
+                    self.party.leave(fault)
+
+    def _close(self, uid: str) -> None:
+        there = self.party.there()
+        replicas = self.party.ledger.of(uid, there)
+        if not replicas:
+            return
+        situation = assess(replicas, [m.name for m in there], self.party.roster())
+        if situation.behind or situation.away:
+            return
+        at_target = [r for r in replicas if r.entry.weight == situation.target.weight]
+        by_name = {member.name: member for member in self.party.members}
+        if situation.target.alive and not situation.target.foreign:
+            for replica in at_target:
+                if replica.stage is not Stage.KEPT:
+                    self.party.ledger.mark(by_name[replica.member], replica, Stage.KEPT, there)
+            if self.party.group.escrow == "token":
+                return
+        # Those that were owed last: while one of theirs is left, nobody is owed again.
+        for replica in sorted(
+            self.party.ledger.of(uid, there), key=lambda r: r.member in situation.target.owed
+        ):
+            self.party.ledger.erase(replica)
+
+    def settle(self, returning: Member | None = None) -> None:
+        """Brings whatever is open to its end, on all who are there.
+
+        Raises MemberFault; for a member that returns also Refused, Busy, Unproven: then it must stay out.
+        """
+        there = self.party.there()
+        if not self.party.ledger.can_keep(there):
+            return
+        skipped: set[str] = set()
+        for _ in range(2):  # a write may have been announced while we were at it
+            uids = [uid for uid in self.party.ledger.open(there) if uid not in skipped]
+            if not uids:
+                return
+            for uid in uids:
+                skipped.add(uid)
+                self.settle_one(uid, returning)
+
+    def settle_one(self, uid: str, returning: Member | None) -> None:
+        situation, replicas = self._quiet_situation(uid)
+        if situation is None:
+            return
+        if all(replica.stage is Stage.ANNOUNCED for replica in replicas):  # else all were announced once
+            for other in situation.target.together:
+                if not self.party.replicas(other.uid):
+                    for member in self.party.there():
+                        self.party.ledger.write(member, other, Stage.ANNOUNCED, self.party.there())
+        by_name = {member.name: member for member in self.party.members}
+        for name in [m.name for m in self.party.members if m.name in situation.behind]:
+            member = by_name[name]
+            try:
+                with self.party.ledger.lease(member, self.party.there(), _PATIENCE_S):
+                    now, replicas = self._quiet_situation(uid)
+                    if now is not None and name in now.behind:
+                        self._bring(member, now.target, replicas)
+            except (Refused, Busy, Unproven) as error:
+                if member is returning:
+                    raise
+                self.party.log(Event("replication.owed", self.party.group.label, name, {"why": str(error)}))
+        self._close(uid)
+
+    def _quiet_situation(self, uid: str) -> tuple[Situation | None, list[Replica]]:
+        """Where things stand when no living process is at work on the object; None if that does not come."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            there = self.party.there()
+            replicas = self.party.ledger.of(uid, there)
+            if not replicas:
+                return None, []
+            situation = assess(replicas, [m.name for m in there], self.party.roster())
+            if self.party.ledger.quiet(situation.announced):
+                return situation, replicas
+            if time.monotonic() > deadline:
+                return None, []
+            time.sleep(0.05)
+
+    def _bring(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> None:
+        """Makes one object on one member what its entry says."""
+        own = max(
+            (r.entry for r in replicas if r.member == member.name and r.entry.weight < target.weight),
+            key=lambda entry: entry.weight,
+            default=None,
+        )
+        if not target.alive:
+            self._bury(member, target, own)
+        elif own is not None or target.foreign:
+            self._catch_up(member, target, own)
+        elif not self._bring_new(member, target, replicas):
+            return
+        self.mark(member, target, Stage.PLACED)
+        self.drop_tag(member, target)
+
+    def _bury(self, member: Member, target: Entry, own: Entry | None) -> None:
+        for handle in self.whereabouts.tagged(member, target.uid):
+            destroy(member, handle)
+        left = self.whereabouts.locate(member, target, own)
+        if left is not None:
+            with member.service:
+                destroy(member, left)
+        self.party.log(
+            Event("object.settled", self.party.group.label, member.name, _details(target, "destroyed"))
+        )
+
+    def _catch_up(self, member: Member, target: Entry, own: Entry | None) -> None:
+        handle = self.whereabouts.locate(member, target, own)
+        if handle is None:
+            return
+        before = own.change if own else {}
+        missed = {n: v for n, v in target.change.items() if before.get(n) != v}
+        filled = Filled(missed)
+        with member.service:
+            do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
+        self.party.log(
+            Event("object.settled", self.party.group.label, member.name, _details(target, "changed"))
+        )
+
+    def _bring_new(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> bool:
+        """False if it cannot be made now."""
+        if self.whereabouts.tagged(member, target.uid):
+            return True
+        if not has_id(target.name.object_class) and self.whereabouts.surplus(member, target):
+            return True
+        source = self.whereabouts.source(member, target, replicas)
+        if source is None:
+            if not self.party.away():  # all are there and nobody has it: it never came to be
+                for replica in replicas:
+                    self.party.ledger.erase(replica)
+            return False
+        self.copying.copy_over(member, target, *source)
+        self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
+        return True
+
+    def settled_on(self, member: Member, entry: Entry, stage: Stage) -> None:
+        """The object is there: now its entry says so, and it may be seen."""
+        self.mark(member, entry, stage)
+        self.drop_tag(member, entry)
+
+    def drop_tag(self, member: Member, entry: Entry) -> None:
+        for place, handle in enumerate(self.whereabouts.tagged(member, entry.uid)):
+            if place == 0 and entry.alive:
+                self.untag(member, handle, entry)
+            else:
+                with member.service:
+                    destroy(member, handle)
+
+    def untag(self, member: Member, handle: int, entry: Entry) -> None:
+        filled = Filled(named(entry.name))
+        with member.service:
+            do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
+
+    def mark(self, member: Member, entry: Entry, stage: Stage) -> None:
+        """Says it of the newest version of an entry that lies there for a member, and drops the older ones."""
+        there = self.party.there()
+        own = [r for r in self.party.ledger.of(entry.uid, there) if r.member == member.name]
+        now = [r for r in own if r.entry.weight == entry.weight]
+        if not now and self.party.ledger.can_keep(there):
+            self.party.ledger.write(member, entry, stage, there)
+        for replica in now:
+            if replica.stage is not stage:
+                self.party.ledger.mark(member, replica, stage, there)
+        for replica in own:
+            if replica.entry.weight < entry.weight:
+                self.party.ledger.erase(replica)
+
+
+def _details(entry: Entry, what: str) -> dict[str, str | int]:
+    return {
+        "done": what,
+        "class": ck.CLASS_NAMES.get(entry.name.object_class or 0, "?"),
+        "label": entry.name.label.decode("utf-8", "replace"),
+    }

@@ -1,0 +1,122 @@
+"""Where the object of a ledger entry is on a member, if it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pkcs11_ha import ck
+from pkcs11_ha.core.identity import Identity, Kind, Name
+from pkcs11_ha.core.ledger import Entry, Replica, Stage
+from pkcs11_ha.core.template import (
+    TRUE,
+    tag,
+    ulong,
+)
+from pkcs11_ha.runtime import attributes
+from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
+from pkcs11_ha.runtime.party import Party
+
+_KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
+
+
+class Unproven(Exception):
+    """Several objects of a member may be the one that is meant."""
+
+
+class Whereabouts:
+    """Looks, and changes nothing."""
+
+    def __init__(self, party: Party) -> None:
+        self.party = party
+
+    def shows(self, member: Member, handle: int, identity: Identity) -> bytes | None:
+        """What a key shows in an operation, where its attributes do not tell it from its namesakes."""
+        if identity.kind not in _KEYS or (identity.fingerprint is not None and not identity.borrowed):
+            return None
+        with suppress(CkError):
+            return self.party.objects.shows(self.party.members.index(member), handle, identity)
+        return None
+
+    def tagged(self, member: Member, uid: str) -> list[int]:
+        wanted = {**tag(uid), ck.CKA_TOKEN: TRUE}
+        with member.service:
+            return attributes.find(member, member.session, wanted)
+
+    def source(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> tuple[Member, int] | None:
+        """A member that has the object, and its handle there."""
+        has = {r.member for r in replicas if r.stage is not Stage.ANNOUNCED and r.entry.alive}
+        for other in self.party.there():
+            if other is member:
+                continue
+            tagged = self.tagged(other, target.uid)
+            if tagged:
+                return other, tagged[0]
+            if other.name in has:
+                own = next((r.entry for r in replicas if r.member == other.name), target)
+                handle = self.locate(other, target, own)
+                if handle is not None:
+                    return other, handle
+        return None
+
+    def point_of(self, reference: Member, name: Name) -> bytes | None:
+        """The public point of a private EC key, by the public key that bears its CKA_ID."""
+        wanted = {ck.CKA_CLASS: ulong(ck.CKO_PUBLIC_KEY), ck.CKA_ID: name.id}
+        with reference.service:
+            for handle in attributes.find(reference, reference.session, wanted):
+                shown = attributes.read(reference, reference.session, handle, (ck.CKA_EC_POINT,))
+                if ck.CKA_EC_POINT in shown:
+                    return shown[ck.CKA_EC_POINT]
+        return None
+
+    def surplus(self, member: Member, target: Entry) -> bool:
+        """Whether the member has more objects that are just like this one than its entries account for."""
+        alike = self._alike(member, [target.name], target.fingerprint)
+        accounted = {
+            r.entry.uid
+            for r in self.party.ledger.called(target.name, self.party.there())
+            if r.member == member.name
+            and r.stage is not Stage.ANNOUNCED
+            and r.entry.alive
+            and r.entry.fingerprint == target.fingerprint
+        }
+        return len(alike) > len(accounted)
+
+    def locate(self, member: Member, target: Entry, own: Entry | None) -> int | None:
+        """The object of an entry on a member; None: it is not there.  Raises Unproven."""
+        names = [target.name] + ([own.name] if own and own.name != target.name else [])
+        alike = self._alike(member, names, target.fingerprint)
+        same = [h for h, i in alike if target.fingerprint is not None and i.fingerprint == target.fingerprint]
+        if same:
+            return same[0]
+        if not alike:
+            return None
+        if target.evidence is not None:
+            for handle, identity in alike:
+                if self.shows(member, handle, identity) == target.evidence:
+                    return handle
+        if len(alike) == 1 and own is not None and target.evidence is None:
+            return alike[0][0]
+        if target.evidence is not None:
+            return None
+        raise Unproven(f"{len(alike)} objects named {target.name.label!r} cannot be told apart")
+
+    def _alike(
+        self, member: Member, names: Sequence[Name], fingerprint: bytes | None
+    ) -> list[tuple[int, Identity]]:
+        found: dict[int, Identity] = {}
+        with member.service:
+            for name in names:
+                wanted = {ck.CKA_TOKEN: TRUE, ck.CKA_CLASS: ulong(name.object_class or 0)}
+                wanted |= {n: v for n, v in ((ck.CKA_ID, name.id), (ck.CKA_LABEL, name.label)) if v}
+                for handle in attributes.find(member, member.session, wanted):
+                    identity = attributes.who(member, member.session, handle)
+                    if identity.name == name:
+                        found[handle] = identity
+        shown = {h: None if i.borrowed else i.fingerprint for h, i in found.items()}
+        return [
+            (h, i)
+            for h, i in found.items()
+            if fingerprint is None or shown[h] is None or shown[h] == fingerprint
+        ]
