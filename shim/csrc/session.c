@@ -106,6 +106,7 @@ unsigned ha_session_active(ha_session *session)
 void ha_session_own(ha_session *session, int member)
 {
     session->owns |= 1U << member;
+    session->made |= 1U << member;
 }
 
 /* ---- member sessions ---- */

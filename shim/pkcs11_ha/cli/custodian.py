@@ -30,6 +30,7 @@ import json
 import resource
 import secrets
 import signal
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from pkcs11_ha.cli.custody import KEY_BYTES, Check, CustodyError, Question, Shar
 MIN_MODULUS_BITS = 2048
 _HASHES: dict[str, type[hashes.HashAlgorithm]] = {"sha1": hashes.SHA1, "sha256": hashes.SHA256}
 
-_CLEAR = b"\x1b[H\x1b[2J\x1b[3J"  # home, erase the screen, erase what was scrolled off it
+_CLEAR = b"\x1b[H\x1b[2J\x1b[3J"  # home, ED 2, and ED 3 of xterm
 _LINE_LIMIT = 4096  # bytes; what a terminal gives at most
 
 _SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -66,7 +67,8 @@ _SWAP_WARNING = (
 def _stop(*_: object) -> None:
     """The first signal is enough: Ctrl-C comes here and, by way of the parent, a second time as SIGTERM."""
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        # Not SIG_IGN: Python would complain of a signal that is already on its way.
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -126,7 +128,7 @@ def _seal(key: bytes, target: Target, public: rsa.RSAPublicKey) -> bytes:
 
 
 def _answer(question: Question) -> bytes:
-    """Everything that can be refused is refused before words are shown or asked for."""
+    """What the parent is given; raises CustodyError.  Words are shown last, when nothing can fail but the showing."""
     public = {target: _public_key(target) for target in question.targets}
     key = secrets.token_bytes(KEY_BYTES) if question.check is None else shares.combine(_ask())
     check = check_of(key)
@@ -183,7 +185,7 @@ def _show(words: list[str], of: Shares) -> None:
             if _read_line() is None:
                 raise CustodyError("input ended before all shares were shown")
         finally:
-            _write(1, _CLEAR)
+            _clear()
 
 
 def _ask() -> list[Share]:
@@ -205,10 +207,16 @@ def _asked(prompt: str) -> str | None:
     """A line as `_read_line`; on a terminal with a prompt, and what was typed cleared from the screen."""
     if not os.isatty(0):
         return _read_line()
-    _write(2, prompt)
     try:
+        _write(2, prompt)
         return _read_line()
     finally:
+        _clear()
+
+
+def _clear() -> None:
+    """Erases the screen and what was scrolled off it."""
+    with suppress(CustodyError):  # the terminal has gone
         _write(next((fd for fd in (1, 2) if os.isatty(fd)), 0), _CLEAR)
 
 
@@ -230,6 +238,8 @@ def main() -> int:
     except CustodyError as error:
         answer = json.dumps({"error": str(error)}).encode() + b"\n"
     except KeyboardInterrupt:
+        if os.isatty(0):
+            _clear()  # it could have come on the way to the clearing that was due
         answer = json.dumps({"error": "interrupted"}).encode() + b"\n"
     try:
         _write(arguments.answer, answer)

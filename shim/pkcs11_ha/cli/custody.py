@@ -22,7 +22,7 @@ KEY_BYTES = 32
 MAX_SHARES = 16  # SLIP-39 has four bits for a share's index
 
 _LINE_LIMIT = 1 << 20  # bytes of one answer; 32 members with keys of 4096 bits take 33 000
-_FAREWELL_S = 5.0  # the custodian clears the screen when it is terminated
+_FAREWELL_S = 2.0  # the custodian clears the screen when it is terminated
 
 
 class CustodyError(Exception):

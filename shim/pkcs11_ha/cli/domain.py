@@ -50,7 +50,9 @@ def agreed(found: Sequence[Holder]) -> tuple[Generation, dict[str, str]]:
     return agreement.generation, dict(agreement.refused)
 
 
-def init(members: Sequence[Member], shares: Shares | None, plain_import: bool) -> Generation:
+def init(
+    replication: Replication, members: Sequence[Member], shares: Shares | None, plain_import: bool
+) -> Generation:
     """A new domain key on every member; raises OperatorError, and then no member has it."""
     for holder in holders(members):
         if holder.keys:
@@ -59,7 +61,34 @@ def init(members: Sequence[Member], shares: Shares | None, plain_import: bool) -
                 f"{holder.name} has a domain key already (generation {key.number}, check value {key.check}): "
                 "p11ha domain admit brings it to others, p11ha domain rotate changes it"
             )
-    return _bring(members, 1, plain_import, lambda *given: custody.make(given[0], shares, given[1], given[2]))
+    generation = _bring(
+        members, 1, plain_import, lambda *given: custody.make(given[0], shares, given[1], given[2])
+    )
+    _enrol(replication, frozenset(member.name for member in members), members)
+    return generation
+
+
+def _enrol(replication: Replication, names: frozenset[str], there: Sequence[Member]) -> None:
+    """Writes who belongs to the group."""
+    try:
+        replication.party.ledger.set_roster(names, there)
+    except _FAILURES as error:
+        raise OperatorError(
+            f"{error}: the members have the domain key, but not who belongs to the group"
+        ) from None
+
+
+def dismiss(replication: Replication, members: Sequence[Member], name: str) -> None:
+    """A member belongs to the group no more: nobody keeps anything for it.  Raises OperatorError."""
+    try:
+        before = replication.party.ledger.roster(members)
+        if before is None or name not in before:
+            raise OperatorError(f"{name} does not belong to the group")
+        _enrol(replication, before - {name}, members)
+        replication.party.names = before - {name}
+        replication.settling.settle()
+    except _FAILURES as error:
+        raise OperatorError(str(error)) from None
 
 
 def admit(member: Member, others: Sequence[Member], plain_import: bool) -> Generation:
@@ -95,7 +124,10 @@ def bring_up(
     """All objects to a member that is new; raises OperatorError."""
     try:
         replication.party.take_part(members, generation)
-        return bulk.bring_up(replication, member, report)
+        outcome = bulk.bring_up(replication, member, report)
+        names = replication.party.ledger.roster(members) or frozenset(m.name for m in members)
+        _enrol(replication, names | {member.name}, members)
+        return outcome
     except (*_FAILURES, Busy) as error:
         raise OperatorError(f"{error}: run it once more to go on") from None
 

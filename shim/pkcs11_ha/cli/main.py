@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,13 +15,14 @@ from rich.console import Console
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
 from pkcs11_ha.cli import domain as domains
-from pkcs11_ha.cli import module, operator
+from pkcs11_ha.cli import module, objects, operator
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.core.domain import Generation
-from pkcs11_ha.runtime.member import MemberState
+from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.replication import Replication
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -131,8 +132,8 @@ def domain_init(
     with _library(path) as library:
         slot = operator.slot_of(library, group)
         members = list(slot.members)
-        with operator.at_work(slot, members, pin_source):
-            generation = domains.init(members, wanted, plain_import)
+        with operator.at_work(slot, members, pin_source) as replication:
+            generation = domains.init(replication, members, wanted, plain_import)
     typer.echo(_line(generation, [member.name for member in members]))
 
 
@@ -173,6 +174,24 @@ def domain_rotate(
     typer.echo(_line(generation, [member.name for member in members]))
 
 
+@domain_app.command("dismiss")
+def domain_dismiss(
+    name: Annotated[str, typer.Argument(metavar="MEMBER", help="A member that will not come back.")],
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="Its group's label.")],
+    pin_source: _PinSource = "",
+    path: _Config = "",
+) -> None:
+    """Keep nothing more for a member; to come back it must be admitted anew."""
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = [m for m in slot.members if m.state is MemberState.UP and m.name != name]
+        with operator.at_work(slot, members, pin_source) as replication:
+            generation, _ = domains.agreed(domains.holders(members))
+            replication.party.take_part(members, generation)
+            domains.dismiss(replication, members, name)
+    typer.echo(f"{name} belongs to {group} no more")
+
+
 @domain_app.command("show")
 def domain_show(
     group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json: _Json = False
@@ -193,6 +212,63 @@ def domain_show(
 
 def _line(generation: Generation, names: list[str]) -> str:
     return f"domain: generation {generation.number}, check value {generation.check}, on {', '.join(names)}"
+
+
+@app.command()
+def sync(
+    group: _Group,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
+    ] = False,
+    pin_source: _PinSource = "",
+    path: _Config = "",
+) -> None:
+    """Bring every member what it has missed: objects made, changed and destroyed meanwhile."""
+    failed = False
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = [member for member in slot.members if member.state is MemberState.UP]
+        with operator.at_work(slot, members, pin_source) as replication, ExitStack() as stack:
+            take_part(replication, members)
+            if dry_run:
+                for debt in objects.debts(replication):
+                    lines = [*debt.open, *(f"make {each}" for each in debt.missing)]
+                    typer.echo(f"{debt.member}: {len(lines)} to do")
+                    for line in lines:
+                        typer.echo(f"  {line}")
+                return
+            bar = stack.enter_context(progress(group))
+            for name, outcome in objects.sync(replication, lambda _name: bar).items():
+                typer.echo(f"{name}: {outcome}")
+                failed = failed or bool(outcome.failed)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def diff(group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json: _Json = False) -> None:
+    """Compare members object by object; keys by what they do on each."""
+    with _library(path) as library:
+        slot = operator.slot_of(library, group)
+        members = [member for member in slot.members if member.state is MemberState.UP]
+        with operator.at_work(slot, members, pin_source) as replication:
+            take_part(replication, members)
+            rows = objects.diff(replication)
+    if as_json:
+        typer.echo(json.dumps([{**asdict(row), "good": row.good} for row in rows], indent=2))
+    else:
+        objects.show(rows, [member.name for member in members], Console())
+    raise typer.Exit(0 if all(row.good for row in rows) else 1)
+
+
+def take_part(replication: Replication, members: list[Member]) -> None:
+    """These members with the domain key they have, if they have one; raises OperatorError."""
+    try:
+        generation, refused = domains.agreed(domains.holders(members))
+    except OperatorError:
+        generation, refused = None, {}
+    if refused:
+        raise OperatorError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    replication.party.take_part(members, generation)
 
 
 @app.command()

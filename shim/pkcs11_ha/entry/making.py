@@ -15,7 +15,7 @@ from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.attributes import Changed, Filled, said
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
-from pkcs11_ha.runtime.placing import Seed
+from pkcs11_ha.runtime.placing import Seed, SeedLost
 from pkcs11_ha.runtime.replication import Replication
 from pkcs11_ha.runtime.service import mechanism
 from pkcs11_ha.runtime.slot import VirtualSlot
@@ -102,7 +102,11 @@ def _on_all(
                 ck.CKR_TEMPLATE_INCONSISTENT, "a key that must not be copied, and min_copies above 1"
             )
         return pinned(slot, session, making)
-    return replication.placing.spread(seed(slot, session, making, wishes), wishes)
+    while True:
+        try:
+            return replication.placing.spread(seed(slot, session, making, wishes), wishes)
+        except SeedLost:  # its member is left out by now: one on another
+            continue
 
 
 def seed(slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template]) -> Seed:

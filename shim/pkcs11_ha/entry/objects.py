@@ -16,6 +16,7 @@ from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.placing import SeedLost
 from pkcs11_ha.runtime.slot import VirtualSlot
 
 
@@ -52,9 +53,13 @@ def _created_everywhere(
     is_key = wanted.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
     if is_key and is_stateful(None, wanted):
         return making.pinned(slot, session, call)[0]
-    seed = making.seed(slot, session, call, [wanted]) if is_key else None
     ((template, count),) = call.templates
-    return slot.replication.placing.create(template, count, seed)[0]
+    while True:
+        seed = making.seed(slot, session, call, [wanted]) if is_key else None
+        try:
+            return slot.replication.placing.create(template, count, seed)[0]
+        except SeedLost:  # its member is left out by now: one on another
+            continue
 
 
 def _copy_object(handle: int, source: int, template: Any, count: int, result: Any) -> int | None:

@@ -1,31 +1,34 @@
-"""Many objects at once: bringing a new member up, comparing members, changing the domain key under all blobs."""
+"""Many objects at once: looking at all of a member, bringing a member up, changing the key under all blobs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.domain import KEY_ID, Generation
 from pkcs11_ha.core.identity import Identity, Name
-from pkcs11_ha.core.ledger import Entry, Stage, Wrapped
+from pkcs11_ha.core.ledger import Entry, Replica, Stage, Wrapped
 from pkcs11_ha.core.template import FALSE, RESERVED, TRUE, ulong
 from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.party import Party
 from pkcs11_ha.runtime.replication import Replication
-from pkcs11_ha.runtime.service import Refused, destroy, mechanism, unwrap, wrap
+from pkcs11_ha.runtime.service import Refused, destroy, mechanism, on, unwrap, wrap
 
+_PATIENCE_S = 30.0  # with another process that brings the same member up
 Report = Callable[[int, int], None]
 """(done, of how many)."""
 
 
 @dataclass
 class Outcome:
-    """What was done to one member, and what could not be: one line each."""
+    """What was done to one member; `failed` has a line for each object that could not be made."""
 
     made: int = 0
     there: int = 0
-    failed: tuple[str, ...] = ()
+    failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"objects: {self.made} made, {self.there} there already, {len(self.failed)} not made"]
@@ -38,7 +41,7 @@ class Census:
     def __init__(self, member: Member) -> None:
         self.by_name: dict[Name, list[tuple[int, Identity]]] = {}
         self.tagged: dict[str, int] = {}  # uid -> handle of what the ledger does not know yet
-        with member.service:
+        with on(member):
             data = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_TOKEN: TRUE}
             own: set[int] = set()
             for stage in Stage:
@@ -61,53 +64,79 @@ class Census:
         """All of them."""
         return [each for alike in self.by_name.values() for each in alike]
 
-    def of(self, entry: Entry) -> int | None:
-        """The one object that an entry can mean; None if there is none, or none in particular."""
-        alike = self.by_name.get(entry.name, [])
-        shown = [(h, None if i.borrowed else i.fingerprint) for h, i in alike]
-        same = [h for h, fingerprint in shown if fingerprint is not None and fingerprint == entry.fingerprint]
+    def of(self, entry: Entry, shows: Callable[[int, Identity], bytes | None]) -> int | None:
+        """The one object that an entry can mean; None if there is none, or none in particular.
+
+        `shows(handle, identity)` is what a key shows in an operation, for namesakes.
+        """
+        alike = [(h, None if i.borrowed else i.fingerprint) for h, i in self.by_name.get(entry.name, [])]
+        same = [h for h, shown in alike if shown is not None and shown == entry.fingerprint]
         if same:
             return same[0]
-        possible = [h for h, fingerprint in shown if fingerprint is None or entry.fingerprint is None]
-        return possible[0] if len(possible) == 1 else None
+        possible = [
+            (h, i)
+            for h, i in self.by_name.get(entry.name, [])
+            if entry.fingerprint is None or i.fingerprint is None
+        ]
+        if len(possible) > 1 and entry.evidence is not None:
+            possible = [(h, i) for h, i in possible if shows(h, i) == entry.evidence][:1]  # alike is as good
+        return possible[0][0] if len(possible) == 1 else None
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What the ledger says that a member should have."""
+
+    missing: list[Entry]
+    there: int
+
+
+def newest(party: Party, members: Sequence[Member]) -> dict[str, Entry]:
+    """What the ledger of these members says, by uid.  Raises MemberFault, Refused."""
+    found: dict[str, Entry] = {}
+    for member in members:
+        for uid, replica in party.ledger.held(member, party.there()).items():
+            if uid not in found or found[uid].weight < replica.entry.weight:
+                found[uid] = replica.entry
+    return found
+
+
+def shortfall(party: Party, member: Member) -> Shortfall:
+    """What a member lacks by its ledger: of what it has the entry, it has the object.  Raises MemberFault, Refused."""
+    wanted = newest(party, party.there())
+    has = party.ledger.held(member, party.there())
+    alive = [entry for entry in wanted.values() if entry.alive and not entry.foreign]
+    missing = [entry for entry in alive if not _is_placed(has.get(entry.uid), entry)]
+    return Shortfall(missing, len(alive) - len(missing))
+
+
+def _is_placed(replica: Replica | None, entry: Entry) -> bool:
+    return (
+        replica is not None and replica.stage is not Stage.ANNOUNCED and replica.entry.weight == entry.weight
+    )
 
 
 def bring_up(replication: Replication, member: Member, report: Report) -> Outcome:
-    """All objects of the ledger that a member lacks; what it has the entry of, it has.  Raises MemberFault, Busy.
+    """Makes all that a member lacks.  Raises MemberFault, Refused, Busy.
 
     Interrupted, it goes on from there: an object and its entry come in one after the other, as in every write.
     """
-    there = replication.party.there()
-    others = [m for m in there if m is not member]
-    wanted: dict[str, Entry] = {}
-    for other in others:
-        for uid, replica in replication.party.ledger.held(other, there).items():
-            if uid not in wanted or wanted[uid].weight < replica.entry.weight:
-                wanted[uid] = replica.entry
-    has = {
-        uid
-        for uid, replica in replication.party.ledger.held(member, there).items()
-        if replica.stage is not Stage.ANNOUNCED
-        and uid in wanted
-        and replica.entry.weight == wanted[uid].weight
-    }
-    alive = [entry for entry in wanted.values() if entry.alive and not entry.foreign]
-    missing = [entry for entry in alive if entry.uid not in has]
-    outcome = Outcome(there=len(alive) - len(missing))
-    failed = []
-    with replication.party.ledger.lease(member, there, 30.0):
-        sources = [(other, Census(other)) for other in others] if missing else []
-        here = Census(member) if missing else None
-        for number, entry in enumerate(missing):
-            try:
-                assert here
-                _bring(replication, member, entry, sources, here)
-                outcome.made += 1
-            except Refused as error:
-                failed.append(f"{_describe(entry)}: {error}")
-            report(number + 1, len(missing))
+    party = replication.party
+    with party.ledger.lease(member, party.there(), _PATIENCE_S) as alive:
+        short = shortfall(party, member)
+        outcome = Outcome(there=short.there)
+        if short.missing:
+            sources = [(other, Census(other)) for other in party.there() if other is not member]
+            here = Census(member)
+            for number, entry in enumerate(short.missing):
+                try:
+                    _bring(replication, member, entry, sources, here)
+                    outcome.made += 1
+                except Refused as error:
+                    outcome.failed.append(f"{describe(entry.name)}: {error}")
+                alive()
+                report(number + 1, len(short.missing))
     replication.settling.settle()
-    outcome.failed = tuple(failed)
     return outcome
 
 
@@ -119,41 +148,41 @@ def _bring(
     here: Census,
 ) -> None:
     if entry.uid not in here.tagged:
-        source = next(((o, h) for o, census in sources if (h := census.of(entry)) is not None), None)
-        if source is None:
-            raise Refused(
-                member, ck.CKR_OBJECT_HANDLE_INVALID, "no member shows which object it is; C_FindObjects"
-            )
-        replication.copying.copy_over(member, entry, *source)
+        for other, census in sources:
+            handle = census.of(entry, partial(replication.whereabouts.shows, other))
+            if handle is not None:
+                replication.copying.copy_over(member, entry, other, handle)
+                break
+        else:
+            why = "no other member shows which object it is: a find"
+            raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, why)
     replication.settling.settled_on(member, entry, Stage.KEPT)
 
 
 def rewrap(replication: Replication, new: Generation, report: Report) -> None:
-    """Puts every blob under the new generation.  Raises MemberFault, Refused, CkError."""
-    there = replication.party.there()
-    by_member = {member.name: replication.party.ledger.held(member, there) for member in there}
+    """Puts every blob under the new generation.  Raises MemberFault, Refused."""
+    party = replication.party
+    there = party.there()
+    by_member = {member.name: party.ledger.held(member, there) for member in there}
     entries = {
-        uid: replica.entry
-        for held in by_member.values()
-        for uid, replica in held.items()
-        if replica.entry.wrapped and replica.entry.wrapped.generation != new.number
+        uid: entry
+        for uid, entry in newest(party, there).items()
+        if entry.wrapped and entry.wrapped.generation != new.number
     }
     for number, (uid, entry) in enumerate(entries.items()):
-        again = replace(
-            entry, version=entry.version + 1, wrapped=_rewrapped(replication, there[0], entry, new)
-        )
+        again = replace(entry, version=entry.version + 1, wrapped=_rewrapped(party, there[0], entry, new))
         for member in there:
             before = by_member[member.name].get(uid)
             if before is not None:
-                replication.party.ledger.write(member, again, before.stage, there)
-                replication.party.ledger.erase(before)
+                party.ledger.write(member, again, before.stage, there)
+                party.ledger.erase(before)
         report(number + 1, len(entries))
 
 
-def _rewrapped(replication: Replication, member: Member, entry: Entry, new: Generation) -> Wrapped:
+def _rewrapped(party: Party, member: Member, entry: Entry, new: Generation) -> Wrapped:
     """From blob to blob inside the member; the key is there for a moment as a session object."""
     assert entry.wrapped
-    keys, form = replication.party.keys[member.name], entry.wrapped.form
+    keys, form = party.keys[member.name], entry.wrapped.form
     old = keys.get(entry.wrapped.generation)
     if old is None:
         raise Refused(member, ck.CKR_UNWRAPPING_KEY_HANDLE_INVALID, "C_UnwrapKey")
@@ -164,7 +193,7 @@ def _rewrapped(replication: Replication, member: Member, entry: Entry, new: Gene
         ck.CKA_SENSITIVE: TRUE,
         ck.CKA_EXTRACTABLE: TRUE,
     }
-    with member.service:
+    with on(member):
         spelling = mechanism(old.spellings[form])
         handle = unwrap(member, spelling, old.handle, entry.wrapped.blob, template)
         try:
@@ -174,6 +203,7 @@ def _rewrapped(replication: Replication, member: Member, entry: Entry, new: Gene
     return Wrapped(new.number, form, blob)
 
 
-def _describe(entry: Entry) -> str:
-    kind = ck.CLASS_NAMES.get(entry.name.object_class or 0, "object")
-    return f"{kind} {entry.name.label.decode('utf-8', 'replace')!r} id {entry.name.id.hex() or '-'}"
+def describe(name: Name) -> str:
+    """An object in words."""
+    kind = ck.CLASS_NAMES.get(name.object_class or 0, "object")
+    return f"{kind} {name.label.decode('utf-8', 'replace')!r} id {name.id.hex() or '-'}"

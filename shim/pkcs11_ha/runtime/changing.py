@@ -24,7 +24,7 @@ from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do
+from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do, on
 from pkcs11_ha.runtime.settling import Settling
 from pkcs11_ha.runtime.whereabouts import Whereabouts
 
@@ -44,7 +44,7 @@ class Changing:
         said = attributes.said(array, count)
         with self.party.lock:
             holders = self._holders(known)
-            entry, owner = self.entry_of(known, self.party.there()), me()
+            entry, owner = self.entry_of(known), me()
             renamed = _renamed(known.identity.name, said)
             if entry is None:
                 entry = self._foreign(known)
@@ -61,7 +61,7 @@ class Changing:
             done: list[Member] = []
 
             def act(member: Member, handle: int) -> None:
-                with member.service:
+                with on(member):
                     do(member, "C_SetAttributeValue", member.session, handle, array, count)
                 done.append(member)
 
@@ -69,7 +69,7 @@ class Changing:
                 filled = Filled(before)
                 for member in done:
                     handle = self.party.objects.handle_at(known, self.party.members.index(member))
-                    with member.service:
+                    with on(member):
                         templates = (filled.array, filled.count)
                         rv = member.call("C_SetAttributeValue", member.session, handle, *templates)
                     if rv != ck.CKR_OK:
@@ -84,11 +84,11 @@ class Changing:
         """C_DestroyObject on every member, those that are away included.  Raises CkError."""
         with self.party.lock:
             holders = self._holders(known)
-            entry = self.entry_of(known, self.party.there()) or self._foreign(known)
+            entry = self.entry_of(known) or self._foreign(known)
             grave = tombstone(entry, me(), self.party.away())
 
             def act(member: Member, handle: int) -> None:
-                with member.service:
+                with on(member):
                     destroy(member, handle)
 
             self._on_all(known, grave, holders, act, lambda: None)
@@ -139,7 +139,7 @@ class Changing:
         if not did:
             raise CkError(ck.CKR_DEVICE_ERROR)
         with suppress(MemberFault, CkError):  # those that seem not to have it, and those that were clumsy
-            self.settling.settle_one(new.uid, None)
+            self.settling.settle_one(new.uid)
         if refused and self._is_owed(new.uid):
             raise refused
         return did
@@ -182,7 +182,7 @@ class Changing:
 
     def _values(self, member: Member, known: VirtualObject, said: Template) -> dict[int, bytes]:
         handle = self.party.objects.handle_at(known, self.party.members.index(member))
-        with member.service:
+        with on(member):
             try:
                 return attributes.read(member, member.session, handle, tuple(said))
             except CkError:
@@ -201,10 +201,12 @@ class Changing:
         uid = secrets.token_hex(16)
         return Entry(uid, 0, True, identity.name, fingerprint, evidence, foreign=True)
 
-    def entry_of(self, known: VirtualObject, there: Sequence[Member]) -> Entry | None:
+    def entry_of(self, known: VirtualObject) -> Entry | None:
         """The entry of an object; None if it was made outside.  Raises CkError if that cannot be told."""
-        by_name = self.party.ledger.called
-        replicas = self.party.replicas(known.uid) if known.uid else by_name(known.identity.name, there)
+        if known.uid:
+            replicas = self.party.replicas(known.uid)
+        else:
+            replicas = self.party.steadily(lambda there: self.party.ledger.called(known.identity.name, there))
         newest: dict[str, Entry] = {}
         for replica in replicas:
             entry = replica.entry

@@ -23,7 +23,7 @@ from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, mechanism, unwrap, wrap
+from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, mechanism, on, unwrap, wrap
 from pkcs11_ha.runtime.whereabouts import Whereabouts
 
 
@@ -45,7 +45,7 @@ class Copying:
         if form is None:
             raise self.party.rejected("the members share no form of AES key wrap", ck.CKR_MECHANISM_INVALID)
         key = self.party.keys[member.name][number]
-        with member.service:
+        with on(member):
             blob = wrap(member, mechanism(key.spellings[form]), key.handle, handle)
         return Wrapped(number, form, blob)
 
@@ -61,7 +61,7 @@ class Copying:
         Raises MemberFault, Refused.
         """
         wanted = for_copy(template)
-        with member.service:
+        with on(member):
             if entry.wrapped is None:
                 return create(member, wanted)
             key = self.party.keys[member.name].get(entry.wrapped.generation)
@@ -75,7 +75,7 @@ class Copying:
         """Makes an object on a member, as another one shows it there.  Raises MemberFault, Refused, CkError."""
         if target.wrapped is None and target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY):
             raise Refused(member, ck.CKR_KEY_UNEXTRACTABLE, "a key of which there is no blob; C_UnwrapKey")
-        with reference.service:
+        with on(reference):
             shown = attributes.template_of(reference, reference.session, handle)
         mark = (
             tag(target.uid)
@@ -85,7 +85,7 @@ class Copying:
         final = {n: v for n, v in shown.items() if isinstance(v, bytes)}
         point = self.whereabouts.point_of(reference, target.name) if member.profile == "nss" else None
         made = self.make_on(member, target, {**shown, **named(target.name), **mark}, point)
-        with member.service:
+        with on(member):
             now = attributes.read(member, member.session, made, tuple(final))
         if contradictions(final, now):
             destroy(member, made)
@@ -101,7 +101,7 @@ class Copying:
         final = wished(wish, is_key=True)
         try:
             wrapped = self.wrap(member, handle)
-            with member.service:
+            with on(member):
                 shown = attributes.template_of(member, member.session, handle)
                 filled = Filled(final)
                 do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)

@@ -160,7 +160,8 @@ class Core:
             if self.stopping:
                 return  # what a thread of this run does late is not to reach the next
             for slot in slots:
-                slot.publish(min((self._due_at(member) for member in slot.members), default=NEVER_NS))
+                dues = [self._due_at(member) for member in slot.members]
+                slot.publish(min([*dues, slot.tend_at_ns], default=NEVER_NS))
         with self.changed:
             self.changed.notify_all()
 
@@ -221,8 +222,18 @@ class Core:
                     self.attempt(member)
                 if self.clock() - started >= self.settings.recovery.budget_s * 1e9:
                     break  # one caller does not wait for all that hang
+            self._tend(slot)
         finally:
             self.attempting.release()
+
+    def _tend(self, slot: VirtualSlot) -> None:
+        """Now and then a look at what others have left open: who knows it may be gone."""
+        if slot.replication is None or self.clock() <= slot.tend_at_ns:
+            return
+        if slot.user == ck.CKU_USER:
+            self.in_time(slot.replication.tend)
+        slot.tend_at_ns = self.clock() + self.rule.interval_ns
+        self._publish([slot])
 
     def _is_due(self, member: Member) -> bool:
         with self.lock:

@@ -14,7 +14,7 @@ from pkcs11_ha.core.template import FALSE, TRUE, ulong
 from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
-from pkcs11_ha.runtime.service import Refused, create, destroy, do, mechanism, unwrap, wrap
+from pkcs11_ha.runtime.service import Refused, create, destroy, do, mechanism, on, unwrap, wrap
 
 _IMPORT_BITS = 3072
 _HASHES = {
@@ -40,7 +40,7 @@ def keys_of(member: Member) -> dict[int, DomainKey]:
 
     What only says that it is a domain key, without yielding its check value, is none.
     """
-    with member.service:
+    with on(member):
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_TOKEN: TRUE, ck.CKA_ID: KEY_ID}
         keys = {}
         for handle in attributes.find(member, member.session, wanted):
@@ -100,7 +100,7 @@ class Entrance:
 
 def open_entrance(member: Member) -> Entrance:
     """Raises Refused where the member cannot unwrap under RSA-OAEP."""
-    with member.service:
+    with on(member):
         if not any(number in member.mechanisms for form in wrapping.CANDIDATES.values() for number in form):
             raise Refused(member, ck.CKR_MECHANISM_INVALID, "C_WrapKey with AES key wrap of any form")
         if ck.CKM_RSA_PKCS_OAEP not in member.mechanisms:
@@ -192,7 +192,7 @@ def _domain_template(generation: Generation | None, *, token: bool) -> dict[int,
 
 def bring_in(member: Member, entrance: Entrance, ciphertext: bytes, generation: Generation) -> DomainKey:
     """Unwraps the domain key under the entrance's private key; raises MemberFault, Refused, CkError."""
-    with member.service:
+    with on(member):
         oaep, _parameter = _oaep(entrance.hash)
         made = unwrap(member, oaep, entrance.private, ciphertext, _domain_template(generation, token=True))
         return _accepted(member, made, generation)
@@ -200,7 +200,7 @@ def bring_in(member: Member, entrance: Entrance, ciphertext: bytes, generation: 
 
 def bring_in_plain(member: Member, value: Any, size: int, generation: Generation) -> DomainKey:
     """C_CreateObject from bytes in the clear (`value` points to them), for members without RSA unwrap."""
-    with member.service:
+    with on(member):
         template = _domain_template(generation, token=True)
         filled = Filled({**template, ck.CKA_VALUE: b""})
         filled.array[filled.count - 1].pValue = value
@@ -230,7 +230,7 @@ def close_entrance(member: Member, entrance: Entrance) -> None:
 
 def drop_all_but(member: Member, keep: Sequence[Generation]) -> None:
     """Destroys domain keys of other generations; raises MemberFault, Refused, CkError."""
-    with member.service:
+    with on(member):
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_TOKEN: TRUE, ck.CKA_ID: KEY_ID}
         for handle in attributes.find(member, member.session, wanted):
             shown = attributes.read(member, member.session, handle, (ck.CKA_LABEL,))

@@ -6,8 +6,9 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do
+from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, on
 
 _APPLICATION = RESERVED + b"ledger "
+_NOBODY = Name(None, None, b"", b"", b"", b"")
+_ROSTER = RESERVED + b"roster"
 _STILL_S = 10.0  # after so long without a sign of life another host's process is taken for dead
 _STEP_S = 0.05
 # What a token says that does not keep data objects, or none that are private.
@@ -111,7 +114,7 @@ class Ledger:
 
     def _create(self, host: Member, what: dict[int, bytes]) -> int:
         common = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_TOKEN: TRUE, ck.CKA_PRIVATE: TRUE}
-        with host.service:
+        with on(host):
             epoch = host.epoch
             handle = create(host, common | what)
         self.objects.hide(self.members.index(host), epoch, handle)
@@ -122,7 +125,7 @@ class Ledger:
         label = Filled({ck.CKA_LABEL: self._label(stage, member)})
         for index, handle in replica.handles:
             host = self.members[index]
-            with host.service:
+            with on(host):
                 try:
                     do(host, "C_SetAttributeValue", host.session, handle, label.array, label.count)
                 except Refused:  # it changes no data objects: a new one, and then the old one away
@@ -135,7 +138,7 @@ class Ledger:
         """Raises MemberFault; what is gone already is gone."""
         for index, handle in replica.handles:
             host = self.members[index]
-            with host.service, suppress(Refused):
+            with on(host), suppress(Refused):
                 destroy(host, handle)
             self.objects.unhide(index, host.epoch, handle)
 
@@ -164,6 +167,36 @@ class Ledger:
                     if replica:
                         uids[replica.entry.uid] = None
         return list(uids)
+
+    # ---- who belongs to the group ----
+
+    def roster(self, there: Sequence[Member]) -> frozenset[str] | None:
+        """Names of the members that were admitted; None where that was never written.  Raises MemberFault, Refused."""
+        written = self._rosters(there)
+        return max(written, key=lambda r: r.entry.version).entry.owed if written else None
+
+    def set_roster(self, names: frozenset[str], there: Sequence[Member]) -> None:
+        """Raises MemberFault, Refused."""
+        before = self._rosters(there)
+        version = 1 + max((r.entry.version for r in before), default=0)
+        entry = Entry(secrets.token_hex(16), version, True, _NOBODY, owed=names)
+        for host in there:
+            if host.name in self.refuses:
+                continue
+            try:
+                self._put(host, entry, _ROSTER)
+            except Refused as error:
+                if error.rv not in _NO_DATA:
+                    raise
+                self.refuses.add(host.name)
+        for replica in before:
+            self.erase(replica)
+
+    def _rosters(self, there: Sequence[Member]) -> list[Replica]:
+        hosts = [host for host in there if host.name not in self.refuses]
+        found = [(host, h) for host in hosts for h in self._handles(host, {ck.CKA_LABEL: _ROSTER})]
+        read = [self._read(host, host, Stage.KEPT, handle) for host, handle in found]
+        return [replica for replica in read if replica is not None]
 
     def held(self, member: Member, there: Sequence[Member]) -> dict[str, Replica]:
         """All entries that lie there for one member, by uid: the newest of each."""
@@ -205,12 +238,12 @@ class Ledger:
 
     def _handles(self, host: Member, wanted: dict[int, bytes]) -> list[int]:
         common = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_TOKEN: TRUE}
-        with host.service:
+        with on(host):
             return attributes.find(host, host.session, common | wanted)
 
     def _identify(self, host: Member, handle: int) -> Replica | None:
         """The replica that an object is, by its label: which stage, for whom."""
-        with host.service:
+        with on(host):
             shown = attributes.read(host, host.session, handle, (ck.CKA_LABEL,))
         text = shown.get(ck.CKA_LABEL, b"")[len(RESERVED) :].decode("utf-8", "replace")
         stage, _, name = text.partition(" of ")
@@ -220,7 +253,7 @@ class Ledger:
 
     def _read(self, host: Member, member: Member, stage: Stage, handle: int) -> Replica | None:
         """None if it has gone since it was found; raises MemberFault for what cannot be read."""
-        with host.service:
+        with on(host):
             index, epoch = self.members.index(host), host.epoch
             shown = attributes.read(host, host.session, handle, (ck.CKA_VALUE,))
         if ck.CKA_VALUE not in shown:
@@ -247,38 +280,53 @@ class Ledger:
         return time.monotonic() - since < _STILL_S
 
     @contextmanager
-    def lease(self, member: Member, there: Sequence[Member], patience_s: float) -> Iterator[None]:
+    def lease(
+        self, member: Member, there: Sequence[Member], patience_s: float
+    ) -> Iterator[Callable[[], None]]:
         """The right to bring a member up to date, for one process at a time; raises MemberFault, Refused, Busy.
 
         There is no compare-and-swap on a token.  So who wants it puts its lease down first and looks then: who sees
-        another living one takes its own away and tries again.  Of two, at least one sees the other.
+        another living one takes its own away and tries again.  Of two, at least one sees the other.  What is yielded
+        is to be called now and then: the lease shows that its holder lives.
         """
         hosts = self._hosts(member, there)
         if not hosts:
-            yield
+            yield lambda: None
             return
         host, label = hosts[0], self._label("lease", member)
         deadline = time.monotonic() + patience_s
         while True:
             if not self._leases(host, label, None):
                 owner = me()
-                entry = Entry(secrets.token_hex(16), 1, True, _NOBODY, owner=owner)
-                mine = self._put(host, entry, label)
+                held = [self._put(host, Entry(secrets.token_hex(16), 1, True, _NOBODY, owner=owner), label)]
                 if not self._leases(host, label, owner):
                     break
-                self._give_back(host, mine)
+                self._give_back(host, held[0])
             if time.monotonic() > deadline:
                 raise Busy(f"another process is bringing {member.name} up to date")
             time.sleep(_STEP_S * (1 + random.random()))  # noqa: S311 (no secret)
+        shown = time.monotonic()
+
+        def alive() -> None:
+            nonlocal shown
+            if time.monotonic() - shown > _STILL_S / 4:
+                sign = replace(owner, nonce=secrets.token_hex(8))
+                held.insert(
+                    0, self._put(host, Entry(secrets.token_hex(16), 1, True, _NOBODY, owner=sign), label)
+                )
+                self._give_back(host, held.pop())
+                shown = time.monotonic()
+
         try:
-            yield
+            yield alive
         finally:
-            self._give_back(host, mine)
+            for handle in held:
+                self._give_back(host, handle)
 
     def _give_back(self, host: Member, handle: int) -> None:
         with (
             suppress(MemberFault, Refused),
-            host.service,
+            on(host),
         ):  # a lease that stays is that of a dead process one day
             destroy(host, handle)
             self.objects.unhide(self.members.index(host), host.epoch, handle)
@@ -304,6 +352,3 @@ class Ledger:
 
 class Busy(Exception):
     """Another process is at it, and takes its time."""
-
-
-_NOBODY = Name(None, None, b"", b"", b"", b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from pkcs11_ha import ck
 from pkcs11_ha.config import GroupConfig
@@ -18,6 +19,7 @@ from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import ObjectMap
 from pkcs11_ha.runtime.service import MemberFault, Refused
 
+T = TypeVar("T")
 LeaveOut = Callable[[Member, int, str, str], None]
 """Leaves a member out: (member, return value, call, why in one line)."""
 
@@ -42,6 +44,7 @@ class Party:
         self.lock = threading.RLock()  # one write of this process at a time
         self.generation: Generation | None = None
         self.attended: dict[str, int] = {}  # members that take part -> the epoch in which they were found fit
+        self.names: frozenset[str] | None = None  # as the ledger has them; None: it has none
         self.keys: dict[str, dict[int, DomainKey]] = {}
 
     def takes_part(self, member: Member) -> bool:
@@ -65,15 +68,16 @@ class Party:
         return [member for member in self.members if self.takes_part(member)]
 
     def roster(self) -> frozenset[str]:
-        """Names of all members that the group has: of the configuration, and those still owed something."""
-        return frozenset(member.name for member in self.members)
+        """Names of all members that the group has: those admitted and not dismissed since; else those configured."""
+        return frozenset(member.name for member in self.members) if self.names is None else self.names
 
-    def take_part(self, members: Sequence[Member], generation: Generation) -> None:
+    def take_part(self, members: Sequence[Member], generation: Generation | None) -> None:
         """By an operator's decision: these members, with this domain key.  Raises MemberFault, CkError."""
         for member in members:
             self.keys[member.name] = domain.keys_of(member)
             self.attended[member.name] = member.epoch
         self.generation = generation
+        self.names = self.ledger.roster(members)
 
     def look(self, member: Member) -> dict[int, DomainKey] | None:
         """The domain keys a member proves; None if it failed at that, and is left out."""
@@ -101,14 +105,20 @@ class Party:
         there = self.there()
         return self.roster() - {member.name for member in there}
 
-    def replicas(self, uid: str) -> list[Replica]:
-        """Of one entry, on whoever is there."""
+    def steadily(self, look: Callable[[list[Member]], T]) -> T:
+        """Looks at whoever is there, and once more without a member that fails at that; raises CkError.
+
+        Only for what changes nothing.
+        """
         while there := self.there():
             try:
-                return self.ledger.of(uid, there)
+                return look(there)
             except MemberFault as fault:
                 self.leave(fault)
-            except CkError as error:
-                failed = error.member if isinstance(error.member, Member) else there[0]
-                self.leave(MemberFault(failed, error.rv, "C_FindObjects"))
-        return []
+            except Refused as error:
+                raise CkError(error.rv, str(error), error.member) from None
+        raise CkError(ck.CKR_DEVICE_ERROR, "no member is left")
+
+    def replicas(self, uid: str) -> list[Replica]:
+        """Of one entry, on whoever is there; raises CkError."""
+        return self.steadily(lambda there: self.ledger.of(uid, there))

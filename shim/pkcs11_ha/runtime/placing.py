@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from pkcs11_ha.core.template import (
     ulong,
     wished,
 )
+from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.attributes import Changed
 from pkcs11_ha.runtime.changing import Changing
@@ -33,7 +34,7 @@ from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, do
+from pkcs11_ha.runtime.service import MemberFault, Refused, do, on
 from pkcs11_ha.runtime.settling import Settling
 from pkcs11_ha.runtime.whereabouts import Whereabouts
 
@@ -48,6 +49,10 @@ class Seed:
 
     member: Member
     handles: tuple[int, ...]
+
+
+class SeedLost(Exception):
+    """A seed died with its member before anything came of it."""
 
 
 @dataclass
@@ -79,13 +84,18 @@ class Placing:
         self.changing = changing
 
     def spread(self, seed: Seed, wishes: Sequence[Template]) -> list[VirtualObject]:
-        """Puts what a seed is on every member, as wished (of each: what the application said).  Raises CkError."""
+        """Puts what a seed is on every member, as wished (of each: what the application said).
+
+        Raises CkError; SeedLost if another seed is needed.
+        """
         with self.party.lock:
             try:
-                parts = self._parts_of(seed, wishes)
-                if parts is None:
-                    return self._pin(seed, wishes)
-                return self._place(parts)
+                try:
+                    parts = self._parts_of(seed, wishes)
+                except MemberFault as fault:  # nothing was written yet
+                    self.party.leave(fault)
+                    raise SeedLost from None
+                return self._pin(seed, wishes) if parts is None else self._place(parts)
             except MemberFault as fault:
                 self.party.leave(fault)
                 raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
@@ -103,7 +113,7 @@ class Placing:
     def _parts_of(self, seed: Seed, wishes: Sequence[Template]) -> list[Part] | None:
         """None if a key among it cannot be wrapped: it is to stay where it is."""
         member = seed.member
-        with member.service:
+        with on(member):
             shown = [attributes.template_of(member, member.session, handle) for handle in seed.handles]
             identities = [attributes.who(member, member.session, handle) for handle in seed.handles]
         points = [value for each in shown if (value := each.get(ck.CKA_EC_POINT))]
@@ -143,7 +153,7 @@ class Placing:
 
         def put(member: Member, changes: Mapping[int, bytes]) -> int:
             if member is seed.member:
-                with suppress(Refused), member.service:
+                with suppress(Refused), on(member):
                     return self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE, **changes})
             return self.copying.make_on(member, entry, {**template, **changes}, point)
 
@@ -159,7 +169,7 @@ class Placing:
         index, epoch = self.party.members.index(member), member.epoch
         try:
             for handle, wish in zip(seed.handles, wishes, strict=True):
-                with member.service:
+                with on(member):
                     shown = attributes.read(member, member.session, handle, (ck.CKA_CLASS,))
                     is_key = shown.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
                     final = wished(wish, is_key=is_key)
@@ -175,19 +185,25 @@ class Placing:
 
     def create(self, array: Any, count: int, seed: Seed | None) -> list[VirtualObject]:
         """C_CreateObject on every member with the application's template; `seed`: the same as a session object, if
-        it is a key, for its blob.  Raises CkError."""
+        it is a key, for its blob.  Raises CkError, SeedLost."""
         with self.party.lock:
             try:
                 said = attributes.said(array, count)
                 wrapped = None
                 if seed is not None:
-                    with suppress(Refused):
+                    try:
                         wrapped = self.copying.wrap(seed.member, seed.handles[0])
+                    except MemberFault as fault:
+                        self.party.leave(fault)
+                        raise SeedLost from None
+                    except Refused as error:
+                        if error.rv not in wrapping.NOT_WRAPPABLE:
+                            raise
 
                 def put(member: Member, changes: Mapping[int, bytes]) -> int:
                     changed = Changed(array, count, dict(changes))
                     made = native.ffi.new("CK_OBJECT_HANDLE *")
-                    with member.service:
+                    with on(member):
                         templates = (changed.array, changed.count)
                         do(member, "C_CreateObject", member.session, *templates, made)
                     return int(made[0])
@@ -205,19 +221,23 @@ class Placing:
     def _part_by_trial(
         self, put: Callable[[Member, Mapping[int, bytes]], int], said: Template, wrapped: Wrapped | None
     ) -> Part:
-        """Who the object is, by making it once as a session object on the first member."""
-        member = self.party.there()[0]
-        handle = put(member, {ck.CKA_TOKEN: FALSE})
-        with member.service:
-            try:
-                identity = replace(attributes.who(member, member.session, handle), token=True)
-                entry = self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
-            finally:
-                member.call("C_DestroyObject", member.session, handle)
+        """Who the object is, by making it once as a session object on the first member; raises CkError."""
+        entry = self.party.steadily(lambda there: self._tried_on(there[0], put, wrapped))
         final = {
             n: v for n, v in said.items() if n in (ck.CKA_MODIFIABLE, ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE)
         }
         return Part(entry, final, put)
+
+    def _tried_on(
+        self, member: Member, put: Callable[[Member, Mapping[int, bytes]], int], wrapped: Wrapped | None
+    ) -> Entry:
+        handle = put(member, {ck.CKA_TOKEN: FALSE})
+        with on(member):
+            try:
+                identity = replace(attributes.who(member, member.session, handle), token=True)
+                return self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
+            finally:
+                member.call("C_DestroyObject", member.session, handle)
 
     def copy(self, source: VirtualObject, array: Any, count: int) -> list[VirtualObject]:
         """C_CopyObject to a token object, on every member that has the source.  Raises CkError."""
@@ -231,12 +251,12 @@ class Placing:
                         raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, "C_CopyObject")
                     changed = Changed(array, count, dict(changes))
                     made = native.ffi.new("CK_OBJECT_HANDLE *")
-                    with member.service:
+                    with on(member):
                         arguments = (handle, changed.array, changed.count)
                         do(member, "C_CopyObject", member.session, *arguments, made)
                     return int(made[0])
 
-                known = self.changing.entry_of(source, self.party.there()) if source.identity.token else None
+                known = self.changing.entry_of(source) if source.identity.token else None
                 return self._place([self._part_by_trial(put, said, known.wrapped if known else None)])
             except MemberFault as fault:
                 self.party.leave(fault)
@@ -284,7 +304,7 @@ class Placing:
             mark = tag(part.entry.uid) if part.may_be_tagged else {}
             handle = part.put(member, mark)
             part.at[member.name] = handle
-            with member.service:
+            with on(member):
                 made = attributes.read(member, member.session, handle, tuple(part.final) or (ck.CKA_CLASS,))
             if contradictions(part.final, made):
                 raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
@@ -303,26 +323,39 @@ class Placing:
         known.uid = part.entry.uid
         return known
 
-    def _undo(self, parts: Sequence[Part], lost: Iterable[str]) -> None:
-        """The application is told that there is no object: there must be none, nor come back."""
-        gone = list(lost)
-        for member in self.party.there():
-            for part in parts:
-                if part.at.get(member.name):
-                    member.call("C_DestroyObject", member.session, part.at[member.name])
+    def _undo(self, parts: Sequence[Part], lost: Sequence[str]) -> None:
+        """The application is told that there is no object: there must be none, nor come back with a lost member."""
         owner = me()
         for part in parts:
+            grave = tombstone(part.entry, owner, lost)
+            told = False
             for member in self.party.there():
-                try:
-                    if gone and self.party.ledger.can_keep(self.party.there()):
-                        grave = tombstone(part.entry, owner, gone)
-                        self.party.ledger.write(member, grave, Stage.PLACED, self.party.there())
+                with self._unless_lost():
+                    if lost and self.party.ledger.can_keep(self.party.there()):
+                        self.party.ledger.write(member, grave, Stage.ANNOUNCED, self.party.there())
+                        told = True
+            if lost and not told:
+                self.settling.regret(part.entry)
+            for member in self.party.there():
+                with self._unless_lost():
+                    if part.at.get(member.name):
+                        member.call("C_DestroyObject", member.session, part.at[member.name])
                     for replica in self.party.ledger.of(part.entry.uid, [member]):
                         if replica.entry.alive:
                             self.party.ledger.erase(replica)
-                except (MemberFault, Refused, CkError) as error:
-                    if isinstance(error, MemberFault):
-                        self.party.leave(error)
+                        elif replica.stage is Stage.ANNOUNCED:
+                            self.party.ledger.mark(member, replica, Stage.PLACED, self.party.there())
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except MemberFault as fault:
+            self.party.leave(fault)
+        except Refused as error:
+            self.party.log(
+                Event("replication.owed", self.party.group.label, error.member.name, {"why": str(error)})
+            )
 
 
 def _own_attributes(wish: Template, shown: Template) -> dict[int, bytes | Nested]:

@@ -67,10 +67,37 @@ class Replication:
                     self.party.refuse(member, why)
                 else:
                     self.party.admit(member)
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        while self.party.there():
             try:
+                self._meet()
                 self.settling.settle()
+                return
             except MemberFault as fault:
                 self.party.leave(fault)
+            except Refused as error:  # of a search or a reading: that member cannot be worked with
+                self.party.leave(MemberFault(error.member, error.rv, error.call))
+
+    def tend(self) -> None:
+        """Settles what other processes left open since."""
+        with self.party.lock:
+            if not self.is_by_hand:
+                self._settle_all()
+
+    def _meet(self) -> None:
+        """Members that were never admitted, or were dismissed, are refused: what they hold may be long destroyed."""
+        self.party.names = self.party.ledger.roster(self.party.there())
+        for member in self.party.there():
+            if why := self._stranger(member):
+                self.party.refuse(member, why)
+
+    def _stranger(self, member: Member) -> str:
+        """Why it may not take part, empty if it may."""
+        names = self.party.names
+        known = names is None or member.name in names
+        return "" if known else f"it was never admitted to the group: p11ha domain admit {member.name}"
 
     def admit_back(self, member: Member) -> None:
         """A member that returns, logged in: fit and up to date, or ConnectError says why not."""
@@ -87,6 +114,9 @@ class Replication:
                 elif keys:
                     self.party.generation = keys[max(keys)].generation
                 self.party.admit(member)
+                self.party.names = self.party.ledger.roster(self.party.there())
+                if why := self._stranger(member):
+                    raise ConnectError(ck.CKR_DEVICE_ERROR, why)
                 self.settling.settle(member)
             except (MemberFault, Refused, CkError, Busy, Unproven) as error:
                 self.party.dismiss(member)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pkcs11_ha import ck
@@ -10,6 +12,7 @@ from pkcs11_ha.core.template import Template
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
 
 _BLOB_MAX = 16384  # bytes; the size is not asked for, as some modules (NSS) give too small a one
 
@@ -28,6 +31,16 @@ class Refused(Exception):
     def __init__(self, member: Member, rv: int, call: str) -> None:
         super().__init__(f"{member.name}: {call} answers {ck.rv_name(rv)}")
         self.member, self.rv, self.call = member, rv, call
+
+
+@contextmanager
+def on(member: Member) -> Iterator[None]:
+    """The service session, held over some calls; what fails in them is MemberFault or Refused."""
+    with member.service:
+        try:
+            yield
+        except CkError as error:
+            raise judged(member, error.rv, str(error).partition(": ")[2] or "a call") from None
 
 
 def do(member: Member, name: str, *arguments: Any) -> None:

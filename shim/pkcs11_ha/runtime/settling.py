@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from pkcs11_ha import ck
-from pkcs11_ha.core.ledger import Entry, Replica, Situation, Stage, assess
+from pkcs11_ha.core.ledger import Entry, Replica, Situation, Stage, assess, tombstone
 from pkcs11_ha.core.template import (
     has_id,
     named,
@@ -15,13 +15,14 @@ from pkcs11_ha.core.template import (
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.copying import Copying
-from pkcs11_ha.runtime.ledger import Busy
+from pkcs11_ha.runtime.ledger import Busy, me
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do
+from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do, on
 from pkcs11_ha.runtime.whereabouts import Unproven, Whereabouts
 
+_ROUNDS = 3  # of looking for what was announced while we were at it
 _PATIENCE_S = 3.0  # with another process at work on the same object, or on the same member
 
 
@@ -32,6 +33,7 @@ class Settling:
         self.party = party
         self.whereabouts = whereabouts
         self.copying = copying
+        self._regrets: list[Entry] = []
 
     def finish(self, uids: Iterable[str]) -> None:
         """Once it is done everywhere: kept, or forgotten."""
@@ -67,42 +69,88 @@ class Settling:
     def settle(self, returning: Member | None = None) -> None:
         """Brings whatever is open to its end, on all who are there.
 
-        Raises MemberFault; for a member that returns also Refused, Busy, Unproven: then it must stay out.
+        A member that cannot be brought up to date must not serve: one that returns is told so by Refused, Busy or
+        Unproven, any other is left out.  Raises MemberFault.
         """
         there = self.party.there()
         if not self.party.ledger.can_keep(there):
             return
-        skipped: set[str] = set()
-        for _ in range(2):  # a write may have been announced while we were at it
-            uids = [uid for uid in self.party.ledger.open(there) if uid not in skipped]
+        self._keep_regrets()
+        seen: set[str] = set()
+        for _ in range(_ROUNDS):
+            uids = [uid for uid in self.party.ledger.open(there) if uid not in seen]
             if not uids:
                 return
-            for uid in uids:
-                skipped.add(uid)
-                self.settle_one(uid, returning)
+            seen.update(uids)
+            self._settle(uids, returning)
 
-    def settle_one(self, uid: str, returning: Member | None) -> None:
-        situation, replicas = self._quiet_situation(uid)
-        if situation is None:
-            return
-        if all(replica.stage is Stage.ANNOUNCED for replica in replicas):  # else all were announced once
-            for other in situation.target.together:
-                if not self.party.replicas(other.uid):
-                    for member in self.party.there():
-                        self.party.ledger.write(member, other, Stage.ANNOUNCED, self.party.there())
-        by_name = {member.name: member for member in self.party.members}
-        for name in [m.name for m in self.party.members if m.name in situation.behind]:
-            member = by_name[name]
+    def settle_one(self, uid: str) -> None:
+        """As `settle`, for one entry."""
+        self._settle([uid], None)
+
+    def _settle(self, uids: Sequence[str], returning: Member | None) -> None:
+        behind: dict[str, list[str]] = {}
+        for uid in uids:
+            situation, replicas = self._quiet_situation(uid)
+            if situation is None:
+                continue
+            self._announce_together(situation.target, replicas)
+            for name in situation.behind:
+                behind.setdefault(name, []).append(uid)
+        for member in [m for m in self.party.there() if m.name in behind]:
             try:
-                with self.party.ledger.lease(member, self.party.there(), _PATIENCE_S):
-                    now, replicas = self._quiet_situation(uid)
-                    if now is not None and name in now.behind:
-                        self._bring(member, now.target, replicas)
+                self._bring_up(member, behind[member.name])
             except (Refused, Busy, Unproven) as error:
                 if member is returning:
                     raise
-                self.party.log(Event("replication.owed", self.party.group.label, name, {"why": str(error)}))
-        self._close(uid)
+                self._set_aside(member, error)
+        for uid in uids:
+            self._close(uid)
+
+    def _bring_up(self, member: Member, uids: Sequence[str]) -> None:
+        """Pays one member what it missed; the right to do so is one process's at a time."""
+        with self.party.ledger.lease(member, self.party.there(), _PATIENCE_S) as alive:
+            for uid in uids:
+                alive()
+                situation, replicas = self._quiet_situation(uid)
+                if situation is not None and member.name in situation.behind:
+                    self._bring(member, situation.target, replicas)
+
+    def _set_aside(self, member: Member, error: Refused | Busy | Unproven) -> None:
+        """Leaves out a member that is behind, unless nobody else is left."""
+        self.party.log(Event("replication.owed", self.party.group.label, member.name, {"why": str(error)}))
+        if len(self.party.there()) > 1:
+            self.party.dismiss(member)
+            self.party.leave_out(member, ck.CKR_DEVICE_ERROR, "settling", f"it is behind: {error}")
+
+    def _announce_together(self, target: Entry, replicas: Sequence[Replica]) -> None:
+        """What one call makes is announced for all its objects before any is made: if none is, some may be missing."""
+        if any(replica.stage is not Stage.ANNOUNCED for replica in replicas):
+            return
+        for other in target.together:
+            if not self.party.replicas(other.uid):
+                for member in self.party.there():
+                    self.party.ledger.write(member, other, Stage.ANNOUNCED, self.party.there())
+
+    def situation(self, uid: str) -> Situation | None:
+        """Where things stand with one entry; None if it is gone.  Raises MemberFault, Refused."""
+        there = self.party.there()
+        replicas = self.party.ledger.of(uid, there)
+        return assess(replicas, [m.name for m in there], self.party.roster()) if replicas else None
+
+    def regret(self, entry: Entry) -> None:
+        """The application was told that an object was not made, but nobody was left to undo it."""
+        self._regrets.append(entry)
+
+    def _keep_regrets(self) -> None:
+        """What was told to the application becomes true as soon as somebody is there."""
+        while self._regrets:
+            entry = self._regrets[-1]
+            grave = tombstone(entry, me(), self.party.away())
+            if self.party.replicas(entry.uid):
+                for member in self.party.there():
+                    self.party.ledger.write(member, grave, Stage.ANNOUNCED, self.party.there())
+            self._regrets.pop()
 
     def _quiet_situation(self, uid: str) -> tuple[Situation | None, list[Replica]]:
         """Where things stand when no living process is at work on the object; None if that does not come."""
@@ -140,7 +188,7 @@ class Settling:
             destroy(member, handle)
         left = self.whereabouts.locate(member, target, own)
         if left is not None:
-            with member.service:
+            with on(member):
                 destroy(member, left)
         self.party.log(
             Event("object.settled", self.party.group.label, member.name, _details(target, "destroyed"))
@@ -153,7 +201,7 @@ class Settling:
         before = own.change if own else {}
         missed = {n: v for n, v in target.change.items() if before.get(n) != v}
         filled = Filled(missed)
-        with member.service:
+        with on(member):
             do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
         self.party.log(
             Event("object.settled", self.party.group.label, member.name, _details(target, "changed"))
@@ -171,6 +219,8 @@ class Settling:
                 for replica in replicas:
                     self.party.ledger.erase(replica)
             return False
+        if target.wrapped is None and target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY):
+            return False  # it could not be wrapped: `p11ha check` says so
         self.copying.copy_over(member, target, *source)
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
         return True
@@ -185,12 +235,12 @@ class Settling:
             if place == 0 and entry.alive:
                 self.untag(member, handle, entry)
             else:
-                with member.service:
+                with on(member):
                     destroy(member, handle)
 
     def untag(self, member: Member, handle: int, entry: Entry) -> None:
         filled = Filled(named(entry.name))
-        with member.service:
+        with on(member):
             do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
 
     def mark(self, member: Member, entry: Entry, stage: Stage) -> None:

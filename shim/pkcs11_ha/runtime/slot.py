@@ -11,6 +11,7 @@ from typing import Any
 from pkcs11_ha import ck
 from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core.policy import Standing, serving
+from pkcs11_ha.core.recovery import NEVER_NS
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
@@ -70,6 +71,9 @@ class VirtualSlot:
             self.replication = Replication(group, members, self.objects, log, leave_out)
         if group is not None:
             native.lib.ha_slot_replicates(self.native)
+        self.tend_at_ns = (
+            0 if self.replication else NEVER_NS
+        )  # when to look for what other processes left open
         self.serving_mask = 0
         self.present = False
         self.published = False

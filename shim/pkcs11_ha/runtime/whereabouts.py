@@ -17,6 +17,7 @@ from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.party import Party
+from pkcs11_ha.runtime.service import on
 
 _KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
 
@@ -33,7 +34,13 @@ class Whereabouts:
 
     def shows(self, member: Member, handle: int, identity: Identity) -> bytes | None:
         """What a key shows in an operation, where its attributes do not tell it from its namesakes."""
-        if identity.kind not in _KEYS or (identity.fingerprint is not None and not identity.borrowed):
+        if identity.fingerprint is not None and not identity.borrowed:
+            return None
+        return self.evidence(member, handle, identity)
+
+    def evidence(self, member: Member, handle: int, identity: Identity) -> bytes | None:
+        """What a key shows in an operation; None if it can show nothing."""
+        if identity.kind not in _KEYS:
             return None
         with suppress(CkError):
             return self.party.objects.shows(self.party.members.index(member), handle, identity)
@@ -41,7 +48,7 @@ class Whereabouts:
 
     def tagged(self, member: Member, uid: str) -> list[int]:
         wanted = {**tag(uid), ck.CKA_TOKEN: TRUE}
-        with member.service:
+        with on(member):
             return attributes.find(member, member.session, wanted)
 
     def source(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> tuple[Member, int] | None:
@@ -63,7 +70,7 @@ class Whereabouts:
     def point_of(self, reference: Member, name: Name) -> bytes | None:
         """The public point of a private EC key, by the public key that bears its CKA_ID."""
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_PUBLIC_KEY), ck.CKA_ID: name.id}
-        with reference.service:
+        with on(reference):
             for handle in attributes.find(reference, reference.session, wanted):
                 shown = attributes.read(reference, reference.session, handle, (ck.CKA_EC_POINT,))
                 if ck.CKA_EC_POINT in shown:
@@ -106,7 +113,7 @@ class Whereabouts:
         self, member: Member, names: Sequence[Name], fingerprint: bytes | None
     ) -> list[tuple[int, Identity]]:
         found: dict[int, Identity] = {}
-        with member.service:
+        with on(member):
             for name in names:
                 wanted = {ck.CKA_TOKEN: TRUE, ck.CKA_CLASS: ulong(name.object_class or 0)}
                 wanted |= {n: v for n, v in ((ck.CKA_ID, name.id), (ck.CKA_LABEL, name.label)) if v}

@@ -455,7 +455,12 @@ def constants_module(constants: Mapping[str, int]) -> str:
     ]
     lines += [f"{name} = 0x{value:X}" for name, value in constants.items()]
     lines += ["", "CK_UNAVAILABLE_INFORMATION = 0xFFFFFFFFFFFFFFFF", ""]
-    for prefix, table in (("CKR_", "RV_NAMES"), ("CKM_", "MECHANISM_NAMES"), ("CKO_", "CLASS_NAMES")):
+    for prefix, table in (
+        ("CKR_", "RV_NAMES"),
+        ("CKM_", "MECHANISM_NAMES"),
+        ("CKO_", "CLASS_NAMES"),
+        ("CKA_", "ATTRIBUTE_NAMES"),
+    ):
         names: dict[int, str] = {}
         for name, value in constants.items():
             if name.startswith(prefix):
