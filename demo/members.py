@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 from urllib.parse import quote
 
 Toml = str | bool | int | float | Sequence["Toml"] | Mapping[str, "Toml"]
@@ -131,8 +132,11 @@ class SoftToken:
 class Server:
     """A `p11-kit server` with one token behind a Unix socket: an HSM that can die, hang and come back."""
 
-    def __init__(self, token: SoftToken, path: Path | None = None) -> None:
+    program = "p11-kit"
+
+    def __init__(self, token: SoftToken, path: Path | None = None, provider: Path | None = None) -> None:
         self.token = token
+        self.provider = provider or softhsm()
         self.socket = path or token.directory / "p11.sock"
         if len(os.fsencode(self.socket)) > SOCKET_PATH_MAX:
             raise MemberError(f"too long for a socket: {self.socket}")
@@ -144,17 +148,8 @@ class Server:
         if self._process is not None:
             raise MemberError(f"the server of {self.token.label} runs already")
         self.socket.unlink(missing_ok=True)  # a killed server leaves its socket behind
-        log = self.token.directory / "p11-kit.log"
-        command = [
-            "p11-kit",
-            "server",
-            "-f",
-            "-n",
-            str(self.socket),
-            "--provider",
-            str(softhsm()),
-            self.token.uri,
-        ]
+        log = self.token.directory / f"{self.program}.log"
+        command = self.command()
         try:
             with log.open("wb") as stderr:
                 # A session of its own: the server forks for each connection, and the group is what we kill.
@@ -172,7 +167,7 @@ class Server:
                 f"the server of {self.token.label} to answer",
             )
         except FileNotFoundError:
-            raise MemberError("p11-kit is not installed") from None
+            raise MemberError(f"{self.program} is not installed") from None
         except BaseException:
             self.close()  # an interrupted start leaves nothing behind
             raise
@@ -181,6 +176,10 @@ class Server:
             raise MemberError(
                 f"the server of {self.token.label} ended: {log.read_text(errors='replace').strip()}"
             )
+
+    def command(self) -> list[str]:
+        start = ["p11-kit", "server", "-f", "-n", str(self.socket)]
+        return [*start, "--provider", str(self.provider), self.token.uri]
 
     def answers(self) -> bool:
         """Ask for the protocol version: it is answered once the token's library is loaded and initialised."""
@@ -231,7 +230,7 @@ class Server:
             raise MemberError(f"the server of {self.token.label} does not run")
         return self._process.pid
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -239,6 +238,43 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Worker(Server):
+    """A `pkcs11-ha-worker` in front of one token: an HSM like a Server, with every mechanism that its library has."""
+
+    program = "pkcs11-ha-worker"
+
+    def __init__(self, token: SoftToken, path: Path | None = None, provider: Path | None = None) -> None:
+        super().__init__(token, path or token.directory / "worker.sock", provider)
+        self.env = {}
+
+    def command(self) -> list[str]:
+        built = (
+            os.environ.get("PKCS11_HA_MODULE") or Path(__file__).parent.parent / "build" / "libpkcs11-ha.so"
+        )
+        return [str(Path(built).with_name(self.program)), "--listen", str(self.socket), str(self.provider)]
+
+    def answers(self) -> bool:
+        """It greets once the token's library is loaded."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE_S)
+            try:
+                connection.connect(os.fspath(self.socket))
+                connection.sendall(b"g")
+                return connection.recv(1) != b""
+            except OSError:
+                return False
+
+    def member(self, **options: Toml) -> Table:
+        """This worker as a `[[member]]`, reached by the group's own stubs."""
+        member: dict[str, Toml] = {
+            "name": self.token.label,
+            "module": str(self.provider),
+            "token": self.token.uri,
+            "host": f"unix:{self.socket}",
+        }
+        return member | options
 
 
 def write_config(

@@ -1,4 +1,4 @@
-"""`make demo`: two HSMs under a program that signs, one is killed and comes back, every fact is checked."""
+"""`make demo`: two HSMs under a program that makes keys and signs, one is killed and comes back; all is checked."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from rich.console import Console
 from rich.text import Text
 
+from demo import domain
 from demo.audit import Audit, Broken
-from demo.members import MemberError, Server, SoftToken, scratch, write_config
+from demo.members import MemberError, Server, SoftToken, Worker, scratch, softhsm, write_config
 
 ROOT = Path(__file__).parent.parent
 THREADS = 4
@@ -30,6 +29,7 @@ INTERVAL_S = 2
 KILL_AT_S = 3.0
 DEAD_FOR_S = 2.0
 PATIENCE_S = 10.0
+TRIES = 100
 GROUP_SERIAL = "1599447001"
 
 
@@ -112,10 +112,20 @@ class Run:
     def status(self) -> list[str]:
         """What the program shows as the HA status when asked now."""
         answered = len(self._audit.statuses)
-        with suppress(BrokenPipeError):  # an early end is noticed, and named, below
-            self._commands.write(b"status\n")
+        self._command("status")
         self.watch("it showed the HA status", lambda: len(self._audit.statuses) > answered)
         return self._audit.statuses[-1]
+
+    def do(self, command: str) -> None:
+        """A command that names a key, carried out; what the program answers is checked as all it writes."""
+        answered = self._audit.answered
+        self._command(command)
+        self.watch(f"it answered to {command}", lambda: self._audit.answered > answered)
+        self._no_failures()
+
+    def _command(self, command: str) -> None:
+        with suppress(BrokenPipeError):  # an early end is noticed, and named, by whoever waits for the answer
+            self._commands.write(f"{command}\n".encode())
 
     def _read(self, timeout_s: float) -> None:
         if not select.select([self._output], [], [], timeout_s)[0]:
@@ -133,6 +143,9 @@ class Run:
         rates = {member: self._audit.verified[member] - self._shown[member] for member in ("east", "west")}
         self._shown = self._audit.verified.copy()
         self._screen.second(self._seconds, rates, self._log.states(), self._audit.failed)
+        self._no_failures()
+
+    def _no_failures(self) -> None:
         if self._audit.failed:
             raise Broken(f"{self._audit.failed} calls failed, the first: {self._audit.first_failure}")
 
@@ -152,50 +165,119 @@ def signing(command: list[str], env: dict[str, str], errors: Path) -> Iterator[s
             program.kill()
 
 
-def tell(run: Run, audit: Audit, log: Log, screen: Screen, east: Server, west: Server) -> None:
-    """One HSM dies and comes back; raises Broken at the first fact that is not as it must be."""
+class Story:
+    """One HSM dies, keys are made and destroyed meanwhile, it comes back and has them right.
 
-    def status_with(east_status: str) -> list[str]:
-        lines = (f"HSM {east.token.serial} - {east_status}", f"HSM {west.token.serial} - CKR_OK")
+    Each chapter raises Broken at the first fact that is not as it must be.
+    """
+
+    def __init__(self, run: Run, audit: Audit, log: Log, screen: Screen, east: Server, west: Server) -> None:
+        self._run, self._audit, self._log, self._screen = run, audit, log, screen
+        self._east, self._west = east, west
+
+    def tell(self) -> None:
+        self._begin()
+        killed_us = self._lose_east()
+        self._change_keys()
+        self._start_east(killed_us)
+        self._use_keys()
+
+    def _begin(self) -> None:
+        run, audit = self._run, self._audit
+        run.do("generate third")
+        self._screen.say("another key pair, third, is made in the group: it is to be destroyed")
+        self._sign_on_east("third")
+        run.watch("both members signed", lambda: audit.verified["east"] > 0 and audit.verified["west"] > 0)
+        run.watch("it was time to kill east", lambda: run.elapsed_s >= KILL_AT_S)
+
+    def _lose_east(self) -> int:
+        self._screen.say("kill -9 of the HSM east")
+        self._east.kill()
+        killed_us = time.monotonic_ns() // 1000
+        self._run.watch("the log said member.lost", lambda: self._log.count("member.lost") > 0)
+        self._screen.say("HA status, asked for the first time since, and once more")
+        self._show_status(self._status_with("CKR_DEVICE_ERROR"))
+        self._show_status(self._status_with("CKR_TOKEN_NOT_PRESENT"))
+        return killed_us
+
+    def _change_keys(self) -> None:
+        for command in ("generate second", "destroy third", "find second", "find third", "sign second"):
+            self._run.do(command)
+        if self._audit.keys["second"].maker == "east":
+            raise Broken("east is said to have made a key while it was dead")
+        self._screen.say("while east is away: the key pair second is made, third is destroyed")
+
+    def _start_east(self, killed_us: int) -> None:
+        run = self._run
+        back_s = run.elapsed_s + DEAD_FOR_S
+        run.watch("it was time to start east", lambda: run.elapsed_s >= back_s)
+        if self._audit.newest_us["east"] > killed_us:
+            raise Broken("east is said to have signed while it was dead")
+        self._screen.say(f"the HSM east starts again; it is looked for every {INTERVAL_S} s")
+        self._east.start()
+        run.watch("east was recovered", self._recovered, within_s=3 * INTERVAL_S)
+        recovered_us = time.monotonic_ns() // 1000
+        self._screen.say("east is recovered")
+        self._show_status(self._status_with("CKR_OK"))
+        run.watch("east signed again", lambda: self._audit.newest_us["east"] > recovered_us)
+
+    def _use_keys(self) -> None:
+        self._sign_on_east("second")
+        for command in ("find signing", "find second", "find third"):
+            self._run.do(command)
+        self._screen.say("east signs with second; third is not in the group")
+
+    def _sign_on_east(self, label: str) -> None:
+        """Sign until it was east that did it: which member serves is the group's choice."""
+        for _ in range(TRIES):
+            self._run.do(f"sign {label}")
+            if self._audit.signed_with[label, "east"]:
+                return
+        raise Broken(f"east signed none of {TRIES} times with {label}")
+
+    def _status_with(self, east_status: str) -> list[str]:
+        lines = (f"HSM {self._east.token.serial} - {east_status}", f"HSM {self._west.token.serial} - CKR_OK")
         return [f"HA group {GROUP_SERIAL} status:", *lines]
 
-    def show_status(expected: list[str]) -> None:
-        shown = run.status()
-        screen.quote(shown)
+    def _show_status(self, expected: list[str]) -> None:
+        shown = self._run.status()
+        self._screen.quote(shown)
         if shown != expected:
             raise Broken(f"the HA status should be {' | '.join(expected)} but is {' | '.join(shown)}")
 
-    def recovered() -> bool:
-        status = run.status()
-        if status not in (status_with("CKR_TOKEN_NOT_PRESENT"), status_with("CKR_OK")):
+    def _recovered(self) -> bool:
+        status = self._run.status()
+        if status not in (self._status_with("CKR_TOKEN_NOT_PRESENT"), self._status_with("CKR_OK")):
             raise Broken(f"the HA status during recovery is {' | '.join(status)}")
-        return status == status_with("CKR_OK")
+        return status == self._status_with("CKR_OK")
 
-    def now_us() -> int:
-        return time.monotonic_ns() // 1000
 
-    run.watch("both members signed", lambda: audit.verified["east"] > 0 and audit.verified["west"] > 0)
-    run.watch("it was time to kill east", lambda: run.elapsed_s >= KILL_AT_S)
-
-    screen.say("kill -9 of the HSM east")
-    east.kill()
-    killed_us = now_us()
-    run.watch("the log said member.lost", lambda: log.count("member.lost") > 0)
-    screen.say("HA status, asked for the first time since, and once more")
-    show_status(status_with("CKR_DEVICE_ERROR"))
-    show_status(status_with("CKR_TOKEN_NOT_PRESENT"))
-
-    back_s = run.elapsed_s + DEAD_FOR_S
-    run.watch("it was time to start east", lambda: run.elapsed_s >= back_s)
-    if audit.newest_us["east"] > killed_us:
-        raise Broken("east is said to have signed while it was dead")
-    screen.say(f"the HSM east starts again; it is looked for every {INTERVAL_S} s")
-    east.start()
-    run.watch("east was recovered", recovered, within_s=3 * INTERVAL_S)
-    recovered_us = now_us()
-    screen.say("east is recovered")
-    show_status(status_with("CKR_OK"))
-    run.watch("east signed again", lambda: audit.newest_us["east"] > recovered_us)
+def inspect(client: Path, token: SoftToken, audit: Audit) -> None:
+    """The token by itself, with SoftHSM: it has each key once and signs with it, and nothing that was destroyed."""
+    living = [label for label, key in audit.keys.items() if not key.destroyed]
+    commands = [f"find {label}" for label in audit.keys] + [f"sign {label}" for label in living]
+    command = [str(client), "--token", token.label, "--pin", token.pin, str(softhsm())]
+    script = "\n".join([*commands, "stop", ""])
+    try:
+        done = subprocess.run(
+            command,
+            input=script,
+            env=os.environ | token.env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise Broken(f"the token {token.label} did not answer within {PATIENCE_S:.0f} s") from None
+    seen = Audit(f"the token {token.label}", audit.keys)
+    for line in done.stdout.splitlines():
+        seen.read(line)
+    if (done.returncode, seen.answered, seen.failed) != (0, len(commands), 0):
+        reason = seen.first_failure or done.stderr.strip()
+        raise Broken(
+            f"the token {token.label} answered {seen.answered} of {len(commands)} commands: {reason}"
+        )
 
 
 def settle(program: subprocess.Popen[bytes], audit: Audit, log: Log) -> str:
@@ -211,9 +293,9 @@ def settle(program: subprocess.Popen[bytes], audit: Audit, log: Log) -> str:
     return account
 
 
-def demo(client: Path, module: Path, seconds: int, screen: Screen) -> str:
+def demo(client: Path, module: Path, p11ha: Path, seconds: int, screen: Screen) -> str:
     """Set the stage, tell the story, and return its account."""
-    for needed in (client, module):
+    for needed in (client, module, p11ha):
         if not needed.exists():
             raise Broken(f"{needed} is missing: run `make build`")
     with ExitStack() as stack:
@@ -221,37 +303,50 @@ def demo(client: Path, module: Path, seconds: int, screen: Screen) -> str:
         state, log, errors = place / "state", Log(place / "ha.log"), place / "client.err"
         state.mkdir()
 
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         tokens = [SoftToken(place / label, label) for label in ("east", "west")]
-        for token in tokens:
-            token.import_key(pem, "signing", "5167")
-        east, west = (stack.enter_context(Server(token)) for token in tokens)
+        east, west = (stack.enter_context(Worker(token)) for token in tokens)
         conf = write_config(
             place / "pkcs11-ha.toml",
             [east.member(), west.member()],
-            # The key was put on both tokens above: there is nothing to replicate.
-            [{"label": "prod", "serial": GROUP_SERIAL, "members": ["east", "west"], "replication": "none"}],
+            [{"label": "prod", "serial": GROUP_SERIAL, "members": ["east", "west"], "replication": "domain"}],
             recovery={"interval_s": INTERVAL_S},
             ha={"log": f"file:{log.path}"},
         )
+        env = {"PKCS11_HA_CONF": str(conf), "PKCS11_HA_STATE": str(state)}
 
-        screen.say(f"{THREADS} threads sign for {seconds} s with one key that is on two HSMs: east and west")
+        screen.say(
+            f"two empty HSMs, east and west, get a domain key: p11ha domain init prod --shares {domain.SHARES}"
+        )
+        pin_file = place / "pin"
+        pin_file.touch(0o600)
+        pin_file.write_text(tokens[0].pin)
+        screen.quote(domain.init(p11ha, "prod", pin_file, env))
+        screen.say(
+            "    (the first two words only name the set; the others are for a custodian, not for a screen or a log)",
+            "dim",
+        )
+
+        screen.say(
+            f"{THREADS} threads sign for {seconds} s with one key pair, signing, that is made in the group"
+        )
         command = [str(client), "--token", "prod", "--pin", tokens[0].pin, "--key", "signing"]
         command += ["--threads", str(THREADS), "--seconds", str(seconds), str(module)]
-        env = {"PKCS11_HA_CONF": str(conf), "PKCS11_HA_STATE": str(state)}
         program = stack.enter_context(signing(command, env, errors))
         stack.callback(ignore_interrupts)  # a second Ctrl-C must not stop the clearing up
-        audit = Audit(key.public_key())
+        audit = Audit()
         run = Run(program, audit, log, screen)
         try:
-            tell(run, audit, log, screen, east, west)
+            Story(run, audit, log, screen, east, west).tell()
             run.watch("the end of the signing program", lambda: run.ended, within_s=seconds + PATIENCE_S)
-            return settle(program, audit, log)
+            account = settle(program, audit, log)
+            for token in tokens:
+                inspect(client, token, audit)
         except Broken:
             screen.say("the last lines of the HA log and of the signing program's errors")
             screen.quote(log.lines()[-8:] + errors.read_text(errors="replace").splitlines()[-8:])
             raise
+        screen.say("each token by itself: signing and second are on it, once, and sign; third is not")
+        return account
 
 
 def ignore_interrupts() -> None:
@@ -268,13 +363,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--client", type=Path, default=ROOT / "build" / "demo-client")
     parser.add_argument("--module", type=Path, default=ROOT / "build" / "libpkcs11-ha.so")
+    parser.add_argument("--p11ha", type=Path, default=Path(sys.executable).with_name("p11ha"))
     parser.add_argument("--seconds", type=at_least_ten, default=12)
     options = parser.parse_args()
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # all ends clear up as Ctrl-C does
     try:
-        account = demo(options.client, options.module, options.seconds, Screen())
+        account = demo(options.client, options.module, options.p11ha, options.seconds, Screen())
     except KeyboardInterrupt:
         reason = "interrupted"
     except (Broken, MemberError, OSError) as error:

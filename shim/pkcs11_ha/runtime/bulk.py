@@ -89,6 +89,7 @@ class Shortfall:
 
     missing: list[Entry]
     there: int
+    has: dict[str, Replica]  # what it says itself, by uid
 
 
 def newest(party: Party, members: Sequence[Member]) -> dict[str, Entry]:
@@ -107,7 +108,7 @@ def shortfall(party: Party, member: Member) -> Shortfall:
     has = party.ledger.held(member, party.there())
     alive = [entry for entry in wanted.values() if entry.alive and not entry.foreign]
     missing = [entry for entry in alive if not _is_placed(has.get(entry.uid), entry)]
-    return Shortfall(missing, len(alive) - len(missing))
+    return Shortfall(missing, len(alive) - len(missing), has)
 
 
 def _is_placed(replica: Replica | None, entry: Entry) -> bool:
@@ -130,7 +131,7 @@ def bring_up(replication: Replication, member: Member, report: Report) -> Outcom
             here = Census(member)
             for number, entry in enumerate(short.missing):
                 try:
-                    _bring(replication, member, entry, sources, here)
+                    _bring(replication, member, entry, short.has.get(entry.uid), sources, here)
                     outcome.made += 1
                 except Refused as error:
                     outcome.failed.append(f"{describe(entry.name)}: {error}")
@@ -144,19 +145,27 @@ def _bring(
     replication: Replication,
     member: Member,
     entry: Entry,
+    before: Replica | None,
     sources: Sequence[tuple[Member, Census]],
     here: Census,
 ) -> None:
-    if entry.uid not in here.tagged:
+    """One object and its entry, without a search: a token that is full takes its time for each."""
+    party = replication.party
+    handle, is_tagged = here.tagged.get(entry.uid, 0), True
+    if not handle:
         for other, census in sources:
-            handle = census.of(entry, partial(replication.whereabouts.shows, other))
-            if handle is not None:
-                replication.copying.copy_over(member, entry, other, handle)
+            source = census.of(entry, partial(replication.whereabouts.shows, other))
+            if source is not None:
+                handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
                 break
         else:
             why = "no other member shows which object it is: a find"
             raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, why)
-    replication.settling.settled_on(member, entry, Stage.KEPT)
+    party.ledger.write(member, entry, Stage.KEPT, party.there())
+    if is_tagged:
+        replication.settling.untag(member, handle, entry)
+    if before is not None:
+        party.ledger.erase(before)
 
 
 def rewrap(replication: Replication, new: Generation, report: Report) -> None:

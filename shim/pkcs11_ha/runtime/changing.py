@@ -5,17 +5,14 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.identity import Name
-from pkcs11_ha.core.ledger import Entry, Stage, assess, tombstone
-from pkcs11_ha.core.template import (
-    Template,
-)
+from pkcs11_ha.core.ledger import Entry, Stage, tombstone
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
@@ -31,6 +28,81 @@ from pkcs11_ha.runtime.whereabouts import Whereabouts
 _PATIENCE_S = 3.0  # with another process at work on the same object
 
 
+class Claim:
+    """A version of an entry, announced on all members that are there, and how far it has come on each."""
+
+    def __init__(self, party: Party, new: Entry) -> None:
+        self.party = party
+        self.new = new
+        self.written: dict[str, Replica] = {}  # member -> what its ledger says of the new version
+        self.older: list[Replica] = []
+        self.placed: set[str] = set()
+
+    def stake(self) -> bool:
+        """Announces it.  False: another process was quicker, or is at work; then nothing is left of the claim.
+
+        Who announces looks afterwards: of two processes that do so at once for one object, none or one goes on.
+        """
+        for member in self.party.there():
+            try:
+                if self.party.ledger.can_keep(self.party.there()):
+                    there = self.party.there()
+                    self.written[member.name] = self.party.ledger.write(
+                        member, self.new, Stage.ANNOUNCED, there
+                    )
+            except MemberFault as fault:
+                self.party.leave(fault)
+            except Refused as error:
+                self.withdraw()
+                raise CkError(error.rv, str(error), member) from None
+        for replica in self.party.replicas(self.new.uid):
+            entry = replica.entry
+            if entry.owner == self.new.owner and entry.version == self.new.version:
+                continue
+            at_work = (
+                replica.stage is Stage.ANNOUNCED and entry.owner and self.party.ledger.lives(entry.owner)
+            )
+            if at_work or entry.version >= self.new.version:
+                self.withdraw()
+                return False
+            self.older.append(replica)
+        return True
+
+    def place(self, member: Member) -> None:
+        """It is done there; raises MemberFault, Refused."""
+        there = self.party.there()
+        if member.name in self.written:
+            replica = self.written[member.name]
+            self.written[member.name] = self.party.ledger.mark(member, replica, Stage.PLACED, there)
+        for replica in self.older:
+            if replica.member == member.name:
+                self.party.ledger.erase(replica)
+        self.placed.add(member.name)
+
+    def close(self) -> bool:
+        """If it is done everywhere it is kept, or forgotten; raises MemberFault, Refused."""
+        if not self.party.roster() <= self.placed:
+            return False
+        there = self.party.there()
+        if self.new.alive and not self.new.foreign:
+            for member in there:
+                if member.name in self.written:
+                    replica = self.written[member.name]
+                    self.written[member.name] = self.party.ledger.mark(member, replica, Stage.KEPT, there)
+            if self.party.group.escrow == "token":
+                return True
+        for replica in sorted(self.written.values(), key=lambda r: r.member in self.new.owed):
+            self.party.ledger.erase(replica)
+        return True
+
+    def withdraw(self) -> None:
+        """Nothing was done: nothing is left of it."""
+        for replica in self.written.values():
+            with suppress(MemberFault, Refused):
+                self.party.ledger.erase(replica)
+        self.written.clear()
+
+
 class Changing:
     """Changes objects everywhere, or nowhere as far as members can go back."""
 
@@ -42,83 +114,63 @@ class Changing:
     def change(self, known: VirtualObject, array: Any, count: int) -> None:
         """C_SetAttributeValue on every member.  Raises CkError; then nothing was changed, as far as can be."""
         said = attributes.said(array, count)
-        with self.party.lock:
-            holders = self._holders(known)
-            entry, owner = self.entry_of(known), me()
-            renamed = _renamed(known.identity.name, said)
-            if entry is None:
-                entry = self._foreign(known)
-            new = replace(
+        owner = me()
+        before: dict[int, bytes] = {}
+        done: list[Member] = []
+
+        def plan(entry: Entry) -> Entry:
+            return replace(
                 entry,
                 version=entry.version + 1,
-                name=renamed,
+                name=_renamed(entry.name, said),
                 change={**entry.change, **said},
                 owner=owner,
                 owed=self.party.away() if entry.foreign else entry.owed,
                 together=(),
             )
-            before = self._values(holders[0], known, said)
-            done: list[Member] = []
 
-            def act(member: Member, handle: int) -> None:
-                with on(member):
-                    do(member, "C_SetAttributeValue", member.session, handle, array, count)
-                done.append(member)
+        def act(member: Member, handle: int) -> None:
+            with on(member):
+                if not done:
+                    before.update(attributes.read(member, member.session, handle, tuple(said)))
+                do(member, "C_SetAttributeValue", member.session, handle, array, count)
+            done.append(member)
 
-            def revert() -> None:
-                filled = Filled(before)
-                for member in done:
-                    handle = self.party.objects.handle_at(known, self.party.members.index(member))
-                    with on(member):
-                        templates = (filled.array, filled.count)
-                        rv = member.call("C_SetAttributeValue", member.session, handle, *templates)
-                    if rv != ck.CKR_OK:
-                        self._partial(member, "C_SetAttributeValue", rv)
+        def revert() -> None:
+            filled = Filled(before)
+            for member in done:
+                handle = self.party.objects.handle_at(known, self.party.members.index(member))
+                with member.service:
+                    templates = (filled.array, filled.count)
+                    rv = member.call("C_SetAttributeValue", member.session, handle, *templates)
+                if rv != ck.CKR_OK:
+                    self._partial(member, "C_SetAttributeValue", rv)
 
-            changed = self._on_all(known, new, holders, act, revert)
-            first = changed[0]
+        with self.party.lock:
+            first = self._on_all(known, plan, act, revert)[0]
             self.party.objects.renew(known, self.party.members.index(first), first.session)
-            known.uid = new.uid
 
     def destroy(self, known: VirtualObject) -> None:
         """C_DestroyObject on every member, those that are away included.  Raises CkError."""
+        owner = me()
+
+        def act(member: Member, handle: int) -> None:
+            with on(member):
+                destroy(member, handle)
+
         with self.party.lock:
-            holders = self._holders(known)
-            entry = self.entry_of(known) or self._foreign(known)
-            grave = tombstone(entry, me(), self.party.away())
-
-            def act(member: Member, handle: int) -> None:
-                with on(member):
-                    destroy(member, handle)
-
-            self._on_all(known, grave, holders, act, lambda: None)
+            self._on_all(known, lambda entry: tombstone(entry, owner, self.party.away()), act, lambda: None)
             self.party.objects.drop(known)
-
-    def _holders(self, known: VirtualObject) -> list[Member]:
-        """Members that are there and have the object; raises CkError if none has."""
-        holders = []
-        for member in self.party.there():
-            try:
-                if self.party.objects.handle_at(known, self.party.members.index(member)):
-                    holders.append(member)
-            except CkError as error:
-                self.party.leave(MemberFault(member, error.rv, "C_FindObjects"))
-        if not self.party.there():
-            raise CkError(ck.CKR_DEVICE_ERROR)
-        if not holders:
-            raise CkError(ck.CKR_DEVICE_ERROR if self.party.away() else ck.CKR_OBJECT_HANDLE_INVALID)
-        return holders
 
     def _on_all(
         self,
         known: VirtualObject,
-        new: Entry,
-        holders: Sequence[Member],
+        plan: Callable[[Entry], Entry],
         act: Callable[[Member, int], None],
         revert: Callable[[], None],
     ) -> list[Member]:
-        """Announces a new version of an entry and acts on each member that has the object; who did it."""
-        self._claim(new)
+        """Announces what `plan` makes of the object's entry and acts on each member that has it; who did it."""
+        holders, new, claim = self._claimed(known, plan)
         refused: CkError | None = None
         did: list[Member] = []
         for member in holders:
@@ -127,66 +179,70 @@ class Changing:
             try:
                 act(member, self.party.objects.handle_at(known, self.party.members.index(member)))
                 did.append(member)
-                self.settling.mark(member, new, Stage.PLACED)
+                claim.place(member)
             except MemberFault as fault:
                 self.party.leave(fault)
             except (Refused, CkError) as error:
                 revert()
                 if not did or new.alive:
-                    self._withdraw(new)
+                    claim.withdraw()
                     raise CkError(error.rv, str(error), member) from None
                 refused = CkError(error.rv, str(error), member)  # the tombstone stays: it is tried again
         if not did:
             raise CkError(ck.CKR_DEVICE_ERROR)
-        with suppress(MemberFault, CkError):  # those that seem not to have it, and those that were clumsy
-            self.settling.settle_one(new.uid)
-        if refused and self._is_owed(new.uid):
-            raise refused
+        known.uid = new.uid
+        with suppress(MemberFault, Refused, CkError):
+            if not claim.close():  # some seem not to have it, or were clumsy
+                self.settling.settle_one(new.uid)
+                if refused and self._is_owed(new.uid):
+                    raise refused
         return did
 
     def _is_owed(self, uid: str) -> bool:
         """Whether somebody who is there has yet to do it."""
-        there, replicas = self.party.there(), self.party.replicas(uid)
-        return bool(replicas and assess(replicas, [m.name for m in there], self.party.roster()).behind)
+        situation = self.settling.situation(uid)
+        return situation is not None and bool(situation.behind)
 
-    def _claim(self, new: Entry) -> None:
-        """Announces a version; of two processes that do so at once for one object, none or one goes on."""
+    # ---- who may write ----
+
+    def _claimed(
+        self, known: VirtualObject, plan: Callable[[Entry], Entry]
+    ) -> tuple[list[Member], Entry, Claim]:
+        """The members that have the object, what its entry becomes, and the right to make it so; raises CkError."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
-            for member in self.party.there():
-                try:
-                    if self.party.ledger.can_keep(self.party.there()):
-                        self.party.ledger.write(member, new, Stage.ANNOUNCED, self.party.there())
-                except MemberFault as fault:
-                    self.party.leave(fault)
-                except Refused as error:
-                    self._withdraw(new)
-                    raise CkError(error.rv, str(error), member) from None
-            others = [
-                r.entry.owner
-                for r in self.party.replicas(new.uid)
-                if r.stage is Stage.ANNOUNCED and r.entry.owner and r.entry.owner != new.owner
-            ]
-            if self.party.ledger.quiet(others):
-                return
-            self._withdraw(new)
+            holders = self._holders(known)
+            entry = self.entry_of(known) or self._foreign(known)
+            new = plan(entry)
+            claim = Claim(self.party, new)
+            if claim.stake():
+                return holders, new, claim
             if time.monotonic() > deadline:
                 raise self.party.rejected("another process is at work on the object", ck.CKR_FUNCTION_FAILED)
             time.sleep(0.05 * (1 + random.random()))  # noqa: S311 (no secret)
+            with suppress(MemberFault, Refused, CkError):
+                self.settling.settle_one(new.uid)
 
-    def _withdraw(self, entry: Entry) -> None:
-        for replica in self.party.replicas(entry.uid):
-            if replica.entry.weight == entry.weight and replica.entry.owner == entry.owner:
-                with suppress(MemberFault, Refused):
-                    self.party.ledger.erase(replica)
-
-    def _values(self, member: Member, known: VirtualObject, said: Template) -> dict[int, bytes]:
-        handle = self.party.objects.handle_at(known, self.party.members.index(member))
-        with on(member):
+    def _holders(self, known: VirtualObject) -> list[Member]:
+        """Members that are there and have the object, whose identity is read anew; raises CkError if none has."""
+        holders = []
+        for member in self.party.there():
+            index = self.party.members.index(member)
             try:
-                return attributes.read(member, member.session, handle, tuple(said))
-            except CkError:
-                return {}
+                if self.party.objects.handle_at(known, index):
+                    if not holders:
+                        self.party.objects.renew(known, index, member.session)
+                    holders.append(member)
+            except CkError as error:
+                if error.rv == ck.CKR_OBJECT_HANDLE_INVALID:  # another process has destroyed it
+                    self.party.objects.forget(known.handle, index)
+                else:
+                    self.party.leave(MemberFault(member, error.rv, "C_FindObjects"))
+        if not self.party.there():
+            raise CkError(ck.CKR_DEVICE_ERROR)
+        if not holders:
+            raise CkError(ck.CKR_DEVICE_ERROR if self.party.away() else ck.CKR_OBJECT_HANDLE_INVALID)
+        return holders
 
     def _partial(self, member: Member, call: str, rv: int) -> None:
         details: dict[str, str | int] = {"call": call, "code": ck.rv_name(rv)}
@@ -217,7 +273,7 @@ class Changing:
             entry
             for entry in newest.values()
             if entry.alive
-            and entry.name == known.identity.name
+            and (entry.uid == known.uid or entry.name == known.identity.name)
             and (shown is None or entry.fingerprint is None or entry.fingerprint == shown)
         ]
         if len(fitting) > 1 and shown is None:

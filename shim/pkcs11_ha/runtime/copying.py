@@ -71,8 +71,11 @@ class Copying:
             spelling = mechanism(key.spellings[entry.wrapped.form])
             return unwrap(member, spelling, key.handle, entry.wrapped.blob, wanted)
 
-    def copy_over(self, member: Member, target: Entry, reference: Member, handle: int) -> None:
-        """Makes an object on a member, as another one shows it there.  Raises MemberFault, Refused, CkError."""
+    def copy_over(self, member: Member, target: Entry, reference: Member, handle: int) -> tuple[int, bool]:
+        """Makes an object on a member, as another one shows it there.  Raises MemberFault, Refused.
+
+        Its handle, and whether it is marked as new.
+        """
         if target.wrapped is None and target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY):
             raise Refused(member, ck.CKR_KEY_UNEXTRACTABLE, "a key of which there is no blob; C_UnwrapKey")
         with on(reference):
@@ -90,6 +93,7 @@ class Copying:
         if contradictions(final, now):
             destroy(member, made)
             raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
+        return made, bool(mark)
 
     def of_session(
         self, member: Member, handle: int, wish: Template

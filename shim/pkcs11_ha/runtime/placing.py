@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pkcs11_ha import ck
 from pkcs11_ha.core import wrapping
 from pkcs11_ha.core.identity import Identity, Kind
-from pkcs11_ha.core.ledger import Entry, Owner, Stage, Wrapped, tombstone
+from pkcs11_ha.core.ledger import Entry, Owner, Replica, Stage, Wrapped, tombstone
 from pkcs11_ha.core.template import (
     FALSE,
     TRUE,
@@ -63,7 +64,9 @@ class Part:
     final: Template  # what guards it, as it has to come out
     put: Callable[[Member, Mapping[int, bytes]], int]
     origin: str = ""  # the member that generated it
-    at: dict[str, int] = field(default_factory=dict)  # member -> handle, where it is in place
+    at: dict[str, int] = field(default_factory=dict)  # member -> handle, where it was made
+    placed: set[str] = field(default_factory=set)  # members that are through with it
+    replicas: dict[str, Replica] = field(default_factory=dict)  # member -> what its ledger says
 
     @property
     def may_be_tagged(self) -> bool:
@@ -269,57 +272,87 @@ class Placing:
         began = time.monotonic()
         lost: list[str] = []
         for member in self.party.there():
-            try:
-                self._announce(member, parts)
-            except MemberFault as fault:
-                self.party.leave(fault)
-                lost.append(member.name)
+            self._steadily(member, lost, partial(self._announce, member, parts))
         for member in self.party.there():
             try:
                 if time.monotonic() - began > _STALE_S:
                     raise Refused(member, ck.CKR_FUNCTION_FAILED, "a write that was held up too long")
-                self._put(member, parts)
-            except MemberFault as fault:
-                self.party.leave(fault)
-                lost.append(member.name)
+                self._steadily(member, lost, partial(self._put, member, parts))
             except Refused as error:
                 self._undo(parts, lost)
                 raise CkError(error.rv, str(error), member) from None
-        there = [m for m in self.party.there() if all(m.name in part.at for part in parts)]
+        there = [m for m in self.party.there() if all(m.name in part.placed for part in parts)]
         if len(there) < max(1, self.party.group.min_copies):
             self._undo(parts, lost)
             raise self.party.rejected("too few members took it")
         known = [self._adopt(part, there) for part in parts]
-        self.settling.finish([part.entry.uid for part in parts])
+        for part in parts:
+            self._finish(part)
         return known
 
+    def _steadily(self, member: Member, lost: list[str], work: Callable[[], None]) -> None:
+        """Works on a member, once more if another one fails at that, which may keep the ledger for it."""
+        while self.party.takes_part(member):
+            try:
+                work()
+                return
+            except MemberFault as fault:
+                self.party.leave(fault)
+                lost.append(fault.member.name)
+
     def _announce(self, member: Member, parts: Sequence[Part]) -> None:
-        if self.party.ledger.can_keep(self.party.there()):
-            for part in parts:
-                self.party.ledger.write(member, part.entry, Stage.ANNOUNCED, self.party.there())
+        there = self.party.there()
+        for part in parts:
+            if member.name not in part.replicas and self.party.ledger.can_keep(there):
+                written = self.party.ledger.write(member, part.entry, Stage.ANNOUNCED, there)
+                part.replicas[member.name] = written
 
     def _put(self, member: Member, parts: Sequence[Part]) -> None:
         """Each object comes in with a mark of its own, which it loses when the ledger knows that it is there."""
         for part in parts:
+            if member.name in part.placed:
+                continue
             mark = tag(part.entry.uid) if part.may_be_tagged else {}
-            handle = part.put(member, mark)
-            part.at[member.name] = handle
+            if member.name not in part.at:
+                part.at[member.name] = part.put(member, mark)
+            handle = part.at[member.name]
             with on(member):
                 made = attributes.read(member, member.session, handle, tuple(part.final) or (ck.CKA_CLASS,))
             if contradictions(part.final, made):
                 raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
-            self.settling.mark(member, part.entry, Stage.PLACED)
+            self._mark(member, part, Stage.PLACED)
             if mark:
                 self.settling.untag(member, handle, part.entry)
+            part.placed.add(member.name)
+
+    def _mark(self, member: Member, part: Part, stage: Stage) -> None:
+        replica = part.replicas.get(member.name)
+        if replica is not None and replica.stage is not stage:
+            part.replicas[member.name] = self.party.ledger.mark(member, replica, stage, self.party.there())
+
+    def _finish(self, part: Part) -> None:
+        """Nobody is owed: then the entry is kept, or forgotten.  Else it stays open."""
+        with self._unless_lost():
+            if self.party.roster() <= part.placed and self.party.group.escrow == "token":
+                for member in self.party.there():
+                    self._mark(member, part, Stage.KEPT)
+            else:
+                self.settling.finish([part.entry.uid])
 
     def _adopt(self, part: Part, there: Sequence[Member]) -> VirtualObject:
-        first, *others = sorted(there, key=lambda member: member.name != part.origin)  # it knows most of it
-        index = self.party.members.index(first)
-        known = self.party.objects.adopt(index, first.epoch, first.session, part.at[first.name], 0)
-        for member in others:
-            self.party.objects.also_at(
-                known, self.party.members.index(member), member.epoch, part.at[member.name]
-            )
+        """What the application is to know it by; a member that fails meanwhile was no worse than the others."""
+        known: VirtualObject | None = None
+        for member in sorted(there, key=lambda member: member.name != part.origin):  # it knows most of it
+            index, handle = self.party.members.index(member), part.at[member.name]
+            try:
+                if known is None:
+                    known = self.party.objects.adopt(index, member.epoch, member.session, handle, 0)
+                else:
+                    self.party.objects.also_at(known, index, member.epoch, handle)
+            except CkError as error:
+                self.party.leave(MemberFault(member, error.rv, "C_GetAttributeValue"))
+        if known is None:
+            raise CkError(ck.CKR_DEVICE_ERROR, "no member is left")
         known.uid = part.entry.uid
         return known
 

@@ -225,11 +225,6 @@ class Settling:
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
         return True
 
-    def settled_on(self, member: Member, entry: Entry, stage: Stage) -> None:
-        """The object is there: now its entry says so, and it may be seen."""
-        self.mark(member, entry, stage)
-        self.drop_tag(member, entry)
-
     def drop_tag(self, member: Member, entry: Entry) -> None:
         for place, handle in enumerate(self.whereabouts.tagged(member, entry.uid)):
             if place == 0 and entry.alive:
