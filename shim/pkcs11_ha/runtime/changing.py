@@ -12,7 +12,7 @@ from typing import Any
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.identity import Name
-from pkcs11_ha.core.ledger import Entry, Stage, tombstone
+from pkcs11_ha.core.ledger import Entry, Replica, Stage, tombstone
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
@@ -191,17 +191,19 @@ class Changing:
         if not did:
             raise CkError(ck.CKR_DEVICE_ERROR)
         known.uid = new.uid
-        with suppress(MemberFault, Refused, CkError):
-            if not claim.close():  # some seem not to have it, or were clumsy
-                self.settling.settle_one(new.uid)
-                if refused and self._is_owed(new.uid):
-                    raise refused
+        if not self._is_settled(claim) and refused:
+            raise refused
         return did
 
-    def _is_owed(self, uid: str) -> bool:
-        """Whether somebody who is there has yet to do it."""
-        situation = self.settling.situation(uid)
-        return situation is not None and bool(situation.behind)
+    def _is_settled(self, claim: Claim) -> bool:
+        """Whether all who are there have done it, after those that seem not to have it, or were clumsy, were asked."""
+        with suppress(MemberFault, Refused, CkError):
+            if claim.close():
+                return True
+            self.settling.settle_one(claim.new.uid)
+            situation = self.settling.situation(claim.new.uid)
+            return situation is None or not situation.behind
+        return False
 
     # ---- who may write ----
 
@@ -225,7 +227,7 @@ class Changing:
 
     def _holders(self, known: VirtualObject) -> list[Member]:
         """Members that are there and have the object, whose identity is read anew; raises CkError if none has."""
-        holders = []
+        holders: list[Member] = []
         for member in self.party.there():
             index = self.party.members.index(member)
             try:
