@@ -6,9 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from pkcs11_ha.cli import domain, objects, operator
 from pkcs11_ha.cli.module import Library
 from pkcs11_ha.runtime.login import own_pin
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
+from pkcs11_ha.runtime.replication import Replication
+from pkcs11_ha.runtime.slot import VirtualSlot
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,11 @@ class Finding:
     text: str
 
 
-def findings(library: Library) -> list[Finding]:
-    """Members first, in the configuration's order, then what they have in common."""
+def findings(library: Library, pin_source: str = "") -> list[Finding]:
+    """Members first, in the configuration's order, then what they have in common.
+
+    With a PIN (`file:/path`, or where each member has its own) also what a group keeps on its members.
+    """
     members = list(library.core.members.values())
     unused = [m.name for m in library.core.settings.members if m.name not in library.core.members]
     return [
@@ -29,6 +35,7 @@ def findings(library: Library) -> list[Finding]:
         *(Finding(name, True, "not in a group: never loaded") for name in unused),
         *_twins(members),
         *_mechanisms(library),
+        *_replication(library, pin_source),
     ]
 
 
@@ -75,4 +82,44 @@ def _mechanisms(library: Library) -> list[Finding]:
             if lacking:
                 text = f"{len(common)} mechanisms in common; more on {', '.join(lacking)}"
                 lines.append(Finding(slot.face.label, True, text))
+    return lines
+
+
+def _replication(library: Library, pin_source: str) -> list[Finding]:
+    """Domain key, ledger and debts of the groups that keep their objects everywhere."""
+    lines = []
+    for slot in library.core.slots.values():
+        if slot.replication is None:
+            continue
+        if not pin_source and not all(member.config.pin_source for member in slot.members):
+            text = "domain key and ledger are private: --pin-source would let them be looked at"
+            lines.append(Finding(slot.face.label, True, text))
+            continue
+        try:
+            with operator.at_work(slot, slot.up(), pin_source) as replication:
+                lines += _domain(slot, replication)
+        except operator.OperatorError as error:
+            lines.append(Finding(slot.face.label, False, str(error)))
+    return lines
+
+
+def _domain(slot: VirtualSlot, replication: Replication) -> list[Finding]:
+    label, members = slot.face.label, slot.up()
+    generation, refused = domain.agreed(domain.holders(members))
+    text = f"domain key of generation {generation.number}, check value {generation.check}"
+    lines = [Finding(label, True, text), *(Finding(name, False, why) for name, why in refused.items())]
+    fit = [member for member in members if member.name not in refused]
+    replication.party.take_part(fit, generation)
+    for member in fit:
+        if not replication.party.ledger.keeps(member):
+            text = "keeps no data objects: it is given and loses only what it is proven to lack or to have"
+            lines.append(Finding(member.name, True, text))
+    for debt in objects.debts(replication):
+        owed = len(debt.open) + len(debt.missing)
+        if owed:
+            lines.append(Finding(debt.member, False, f"owed {owed} objects: p11ha sync {label}"))
+    for row in objects.diff(replication):
+        if not row.good and not row.in_ledger:
+            where = ", ".join(row.on)
+            lines.append(Finding(label, False, f"{row.object} is on {where} alone, and not in the ledger"))
     return lines

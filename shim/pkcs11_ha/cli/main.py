@@ -30,6 +30,14 @@ _Config = Annotated[
     str,
     typer.Option("--config", metavar="FILE", help="The configuration; else where the library looks for it."),
 ]
+_PinSource = Annotated[
+    str,
+    typer.Option(
+        "--pin-source",
+        metavar="file:/PATH",
+        help="A file with the PIN; else it is asked for, or the first line of standard input.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -64,13 +72,13 @@ def status(path: _Config = "", as_json: _Json = False) -> None:
 
 
 @app.command()
-def check(path: _Config = "", as_json: _Json = False) -> None:
+def check(pin_source: _PinSource = "", path: _Config = "", as_json: _Json = False) -> None:
     """Load the configuration and every member, and say what is wrong with each in one line."""
     _use(path)
     try:
         with module.initialised() as library:
-            found = checks.findings(library)
-    except module.ModuleError as error:
+            found = checks.findings(library, pin_source)
+    except (module.ModuleError, OperatorError) as error:
         raise _fail(str(error)) from None
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in found], indent=2))
@@ -84,14 +92,6 @@ domain_app = typer.Typer(no_args_is_help=True, help="The key under which a group
 app.add_typer(domain_app, name="domain")
 
 _Group = Annotated[str, typer.Argument(metavar="GROUP", help="The group's label.")]
-_PinSource = Annotated[
-    str,
-    typer.Option(
-        "--pin-source",
-        metavar="file:/PATH",
-        help="A file with the PIN; else it is asked for, or the first line of standard input.",
-    ),
-]
 _Plain = Annotated[
     bool,
     typer.Option("--plain-import", help="Create the key from the clear on members without RSA-OAEP unwrap."),

@@ -82,6 +82,17 @@ class Ledger:
         of = f" of {member.name}" if member.name in self.refuses else ""
         return RESERVED + f"{stage.value if isinstance(stage, Stage) else stage}{of}".encode()
 
+    def keeps(self, member: Member) -> bool:
+        """Whether a member takes data objects; found out by giving it one."""
+        if member.name not in self.refuses:
+            try:
+                self.erase(
+                    self.write(member, Entry(secrets.token_hex(16), 0, False, _NOBODY), Stage.KEPT, [member])
+                )
+            except Refused:
+                return False
+        return member.name not in self.refuses
+
     def can_keep(self, there: Sequence[Member]) -> bool:
         """Whether any of these members keeps the ledger."""
         return any(member.name not in self.refuses for member in there)
