@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+CHAOS ?= 2000
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
@@ -65,8 +66,8 @@ tsan: setup ## the tests with ThreadSanitizer
 fuzz: ## not there yet
 	@echo 'make fuzz: there is no fuzzing yet' >&2; exit 1
 
-chaos: ## not there yet
-	@echo 'make chaos: there is no long test under random faults yet' >&2; exit 1
+chaos: setup build ## 2,000 random histories of writes, deaths and crashes against a model; CHAOS=100 for fewer
+	P11HA_CHAOS=$(CHAOS) $(BIN)/pytest -s tests/chaos
 
 install: ## what was built into PREFIX (/usr/local), below DESTDIR if given
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install

@@ -1,4 +1,4 @@
-"""Vendor libraries in this process: one instance per state, shared by the members that must share it."""
+"""Vendor libraries: one instance per state, in this process and shared where it must be, or in a worker."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from pkcs11_ha import ck
 from pkcs11_ha.config import MemberConfig
 from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.worker import Worker, WorkerError
 from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
 
 # Libraries whose function list is bound to the environment of the moment it was asked for: the variables need
@@ -24,6 +25,8 @@ class LibraryError(Exception):
 
 class Instance:
     """One initialised state of a library: a function list, and the members that live in it."""
+
+    remote = False  # whether it is in a process of its own
 
     def __init__(self, library: Any, path: str, config: MemberConfig, idle: list[Instance] | None) -> None:
         self.library = library
@@ -86,12 +89,53 @@ class Instance:
             native.lib.ha_library_finalize(self.pointer(INDEX["C_Finalize"]))
         self.initialised = False
 
+    def abandon(self) -> None:
+        """Makes calls that are stuck in it come back, where that can be done."""
+
     def leave(self) -> None:
         """The end of the run."""
         self.finalise()
         self.members.clear()
         if self.idle is not None:
             self.idle.append(self)
+
+
+class RemoteInstance(Instance):
+    """An instance in a worker process: killed and started anew, where another is finalised and initialised."""
+
+    remote = True
+
+    def __init__(self, config: MemberConfig) -> None:
+        super().__init__(None, config.module, config, None)
+        try:
+            self.worker = Worker(config)
+        except WorkerError as error:
+            raise LibraryError(str(error)) from None
+        self.count = len(FUNCTIONS)
+
+    def pointer(self, row: int) -> Any:
+        return self.worker.function(row)
+
+    def _initialise(self, can_create_threads: bool) -> None:  # noqa: ARG002 (the worker's threads are its own)
+        try:
+            self.worker.start()
+        except WorkerError as error:
+            raise LibraryError(str(error)) from None
+        self.version = self.worker.version()
+        super()._initialise(can_create_threads=True)
+
+    def abandon(self) -> None:
+        self.worker.kill()
+
+    def finalise(self) -> None:
+        """Whatever it holds ends with it, so that nothing need be asked of a library that may hang."""
+        self.worker.kill()
+        self.initialised = False
+
+    def leave(self) -> None:
+        self.worker.leave()
+        self.initialised = False
+        self.members.clear()
 
 
 class Libraries:
@@ -105,6 +149,11 @@ class Libraries:
     def instance_for(self, config: MemberConfig) -> Instance:
         """The instance a member lives in, loaded if need be and not yet initialised."""
         with self.lock:
+            if config.host != "process":
+                remote = RemoteInstance(config)
+                remote.members.add(config.name)
+                self.instances.append(remote)
+                return remote
             own = config.instance == "own"
             instance = self._load(config, own)
             twin = next((i for i in self.instances if i.list == instance.list), None)
@@ -132,7 +181,7 @@ class Libraries:
 
     def initialise(self, instance: Instance, config: MemberConfig) -> None:
         """Initialises an instance under its member's `env`."""
-        if _is_bound_by_list(config):
+        if instance.remote or _is_bound_by_list(config):
             instance.initialise(self.can_create_threads)
         else:
             with environment(config):
@@ -154,6 +203,8 @@ class Libraries:
         for instance in self.instances:
             if not instance.members & stuck:
                 in_time(instance.leave)
+            else:
+                instance.abandon()
 
 
 # Opened files stay open for the life of the process; a child of a fork must not use the parent's.

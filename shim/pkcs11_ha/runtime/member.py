@@ -138,7 +138,8 @@ class Member:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, str(error)) from None
         instance = self.instance
         instance.publish(self.native)
-        guard = self.profile != "softhsm"  # SoftHSM writes to no socket, so SIGPIPE cannot come from it
+        # SoftHSM writes to no socket, and the stubs of a worker do without the signal: SIGPIPE cannot come from them.
+        guard = self.profile != "softhsm" and not instance.remote
         # p11-kit-client can lose a wake-up when its server dies under several threads, and leave one waiting for ever.
         one_by_one = instance.one_call_at_a_time or self.profile == "p11-kit"
         native.lib.ha_member_traits(self.native, guard, one_by_one)
@@ -159,6 +160,7 @@ class Member:
         assert self.instance
         if self.instance.foreign or len(self.instance.members) > 1:
             return False
+        self.instance.abandon()
         deadline = time.monotonic() + budget_s
         while native.lib.ha_member_in_flight(self.native):
             if time.monotonic() > deadline:

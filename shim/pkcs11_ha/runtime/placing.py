@@ -42,6 +42,8 @@ from pkcs11_ha.runtime.whereabouts import Whereabouts
 _STALE_S = 8.0  # a writer that was held up so long may have been taken for dead: it stops
 
 _KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
+# What is read of a template that is created from, and has to come out as it was said.
+_GUARDS = frozenset({ck.CKA_MODIFIABLE, ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE})
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class Placing:
         it is a key, for its blob.  Raises CkError, SeedLost."""
         with self.party.lock:
             try:
-                said = attributes.said(array, count)
+                said = attributes.said(array, count, _GUARDS)
                 wrapped = None
                 if seed is not None:
                     try:
@@ -222,14 +224,14 @@ class Placing:
                     self.discard(seed)
 
     def _part_by_trial(
-        self, put: Callable[[Member, Mapping[int, bytes]], int], said: Template, wrapped: Wrapped | None
+        self,
+        put: Callable[[Member, Mapping[int, bytes]], int],
+        said: Mapping[int, bytes],
+        wrapped: Wrapped | None,
     ) -> Part:
         """Who the object is, by making it once as a session object on the first member; raises CkError."""
         entry = self.party.steadily(lambda there: self._tried_on(there[0], put, wrapped))
-        final = {
-            n: v for n, v in said.items() if n in (ck.CKA_MODIFIABLE, ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE)
-        }
-        return Part(entry, final, put)
+        return Part(entry, said, put)
 
     def _tried_on(
         self, member: Member, put: Callable[[Member, Mapping[int, bytes]], int], wrapped: Wrapped | None
@@ -246,7 +248,7 @@ class Placing:
         """C_CopyObject to a token object, on every member that has the source.  Raises CkError."""
         with self.party.lock:
             try:
-                said = attributes.said(array, count)
+                said = attributes.said(array, count, _GUARDS)
 
                 def put(member: Member, changes: Mapping[int, bytes]) -> int:
                     handle = self.party.objects.handle_at(source, self.party.members.index(member))
