@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import shamir_mnemonic
 
-from demo.members import SoftToken, Table, write_config
+from demo.members import SoftToken, Toml, write_config
 
 PIN = "pin-Zq7vK2-9431"  # like nothing else in any process
 TOKENS = ("east", "west", "north")
@@ -105,10 +105,10 @@ def commands(directory: Path) -> Commands:
     tokens = [SoftToken(directory / name, name, pin=PIN) for name in TOKENS]
     (directory / "pin").write_text(f"{PIN}\n")
     (directory / "pin").chmod(0o600)
-    group: Table = {"label": "prod", "serial": "1", "members": list(TOKENS), "replication": "domain"}
+    group: dict[str, Toml] = {"label": "prod", "serial": "1", "members": TOKENS, "replication": "domain"}
     log = {"log": f"file:{directory}/ha.log"}
     conf = write_config(directory / "c.toml", [t.member() for t in tokens], [group], ha=log)
-    two = group | {"members": list(TOKENS[:2])}
+    two = group | {"members": TOKENS[:2]}
     write_config(directory / "two.toml", [t.member() for t in tokens[:2]], [two], ha=log)
     return Commands(directory, {"PKCS11_HA_CONF": str(conf), "PKCS11_HA_STATE": str(directory)})
 
