@@ -54,6 +54,7 @@ class Core:
         # slot id -> present, as C_WaitForSlotEvent last reported it
         self.reported = {slot.id: slot.present for slot in self.slots.values() if slot.is_group}
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
+        self.tending: threading.Thread | None = None
         self.thread: threading.Thread | None = None
         if settings.recovery.mode == "background" and self.may_use_threads:
             self.thread = native.start_thread(self._recover_in_background, "pkcs11-ha recovery")
@@ -230,10 +231,16 @@ class Core:
         """Now and then a look at what others have left open: who knows it may be gone."""
         if slot.replication is None or self.clock() <= slot.tend_at_ns:
             return
-        if slot.user == ck.CKU_USER:
-            self.in_time(slot.replication.tend)
+        if slot.user == ck.CKU_USER and self.may_use_threads and not self.is_tending():
+            self.tending = native.start_thread(slot.replication.tend, "pkcs11-ha ledger")
+        elif slot.user == ck.CKU_USER and not self.may_use_threads:
+            slot.replication.tend()
         slot.tend_at_ns = self.clock() + self.rule.interval_ns
         self._publish([slot])
+
+    def is_tending(self) -> bool:
+        """Whether such a look is under way: no call waits for it."""
+        return self.tending is not None and self.tending.is_alive()
 
     def _is_due(self, member: Member) -> bool:
         with self.lock:
@@ -322,8 +329,9 @@ class Core:
     def finalise(self) -> None:
         """Logs out, finalises the libraries that are ours and in which nothing is stuck."""
         self.stop()
-        if self.thread is not None:
-            self.thread.join(self.settings.recovery.budget_s)
+        for thread in (self.thread, self.tending):
+            if thread is not None:
+                thread.join(self.settings.recovery.budget_s)
         for slot in self.slots.values():
             login.forget(slot, self.settings.recovery.budget_s)
         for member in self.members.values():

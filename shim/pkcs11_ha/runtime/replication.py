@@ -81,10 +81,13 @@ class Replication:
                 self.party.leave(MemberFault(error.member, error.rv, error.call))
 
     def tend(self) -> None:
-        """Settles what other processes left open since."""
-        with self.party.lock:
-            if not self.is_by_hand:
-                self._settle_all()
+        """Settles what other processes left open since, unless there is a write of our own to wait for."""
+        if self.is_by_hand or not self.party.lock.acquire(blocking=False):
+            return
+        try:
+            self._settle_all()
+        finally:
+            self.party.lock.release()
 
     def _meet(self) -> None:
         """Members that were never admitted, or were dismissed, are refused: what they hold may be long destroyed."""

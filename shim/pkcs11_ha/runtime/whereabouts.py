@@ -107,7 +107,9 @@ class Whereabouts:
             return alike[0][0]
         if target.evidence is not None:
             return None
-        raise Unproven(f"{len(alike)} objects named {target.name.label!r} cannot be told apart")
+        raise Unproven(
+            f"which of {len(alike)} named {target.name.label!r} is meant cannot be proven: change it by hand"
+        )
 
     def _alike(
         self, member: Member, names: Sequence[Name], fingerprint: bytes | None
