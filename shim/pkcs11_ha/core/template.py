@@ -149,6 +149,16 @@ def named(name: Name) -> dict[int, bytes]:
     return {**template, ck.CKA_ID: name.id} if has_id(name.object_class) else template
 
 
+def renamed(name: Name, said: Mapping[int, bytes]) -> Name:
+    """What an object is called after these attributes were set."""
+    return name._replace(
+        id=said.get(ck.CKA_ID, name.id),
+        label=said.get(ck.CKA_LABEL, name.label),
+        application=said.get(ck.CKA_APPLICATION, name.application),
+        object_id=said.get(ck.CKA_OBJECT_ID, name.object_id),
+    )
+
+
 def attributes_of(object_class: int, key_type: int | None) -> tuple[int, ...]:
     """What to read of an object in order to make a copy of it, never what is secret."""
     own = _OF_CLASS.get(object_class, ())

@@ -161,6 +161,7 @@ class Again:
 
     def __init__(self, making: Making, kept: Any, templates: Sequence[_Locked]) -> None:
         self.making, self.kept, self.templates = making, kept, templates
+        self.wrapped: Wrapped | None = None
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
         """Makes the object on a member; None if that cannot be.  `handle` of the result's is its handle there."""
@@ -233,17 +234,19 @@ class Unwrapped:
     def __init__(
         self, replication: Replication, wrapped: Wrapped, template: Mapping[int, bytes | Nested]
     ) -> None:
-        self.replication, self.wrapped, self.template = replication, wrapped, template
+        self.replication, self.template = replication, template
+        self.wrapped: Wrapped | None = wrapped
+        self.blob = wrapped
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
         """As that of `Again`."""
         keys = self.replication.party.keys.get(slot.members[index].name, {})
-        key = keys.get(self.wrapped.generation)
-        if key is None or self.wrapped.form not in key.spellings:
+        key = keys.get(self.blob.generation)
+        if key is None or self.blob.form not in key.spellings:
             return None
-        spelling, filled = mechanism(key.spellings[self.wrapped.form]), Filled(self.template)
+        spelling, filled = mechanism(key.spellings[self.blob.form]), Filled(self.template)
         made = native.ffi.new("CK_OBJECT_HANDLE *")
-        blob = self.wrapped.blob
+        blob = self.blob.blob
         carried = Carried("C_UnwrapKey", slot, session).only(slot.members[index])
         rv = carried.run(
             lambda function, call: int(

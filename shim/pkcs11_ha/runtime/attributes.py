@@ -14,6 +14,7 @@ from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 
 _GUESS = 1024  # bytes for an attribute before its length is known: enough for all but those of _LONG
+_LAST = (ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE)
 _SAID_MAX = 1 << 20
 _LONG = (ck.CKA_VALUE, ck.CKA_SUBJECT, ck.CKA_ISSUER, ck.CKA_URL, ck.CKA_ATTR_TYPES)
 
@@ -111,7 +112,10 @@ class Filled:
         self.count = len(attributes)
         self.array: Any = native.ffi.new("CK_ATTRIBUTE[]", max(1, self.count))
         self._kept: list[Any] = []
-        for place, (number, value) in enumerate(attributes.items()):
+        # Who says first that it must not be modified is refused the rest by some tokens (SoftHSM).
+        for place, (number, value) in enumerate(
+            sorted(attributes.items(), key=lambda each: each[0] in _LAST)
+        ):
             self._put(self.array[place], number, value)
 
     def _put(self, attribute: Any, number: int, value: bytes | Nested) -> None:
@@ -136,10 +140,10 @@ class Changed(Filled):
         self.count = len(kept) + len(new)
         self.array = native.ffi.new("CK_ATTRIBUTE[]", max(1, self.count))
         self._kept = [array]
-        for place, i in enumerate(kept):
-            self.array[place] = array[i]
-        for place, (number, value) in enumerate(new.items(), len(kept)):
+        for place, (number, value) in enumerate(new.items()):
             self._put(self.array[place], number, value)
+        for place, i in enumerate(kept, len(new)):
+            self.array[place] = array[i]
 
 
 def said(array: Any, count: int, numbers: Container[int] | None = None) -> dict[int, bytes]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.core.identity import Name
 from pkcs11_ha.core.ledger import Entry, Replica, Stage, tombstone
+from pkcs11_ha.core.template import renamed
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
@@ -122,7 +122,7 @@ class Changing:
             return replace(
                 entry,
                 version=entry.version + 1,
-                name=_renamed(entry.name, said),
+                name=renamed(entry.name, said),
                 change={**entry.change, **said},
                 owner=owner,
                 owed=self.party.away() if entry.foreign else entry.owed,
@@ -292,13 +292,3 @@ class Changing:
             return None
         known.uid = fitting[0].uid
         return fitting[0]
-
-
-def _renamed(name: Name, said: Mapping[int, bytes]) -> Name:
-    """What an object is called after these attributes were set."""
-    return name._replace(
-        id=said.get(ck.CKA_ID, name.id),
-        label=said.get(ck.CKA_LABEL, name.label),
-        application=said.get(ck.CKA_APPLICATION, name.application),
-        object_id=said.get(ck.CKA_OBJECT_ID, name.object_id),
-    )

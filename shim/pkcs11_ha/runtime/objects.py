@@ -12,7 +12,7 @@ from pkcs11_ha import ck
 from pkcs11_ha.core.codes import Code
 from pkcs11_ha.core.domain import KEY_ID
 from pkcs11_ha.core.identity import Identity, Kind, Match, Name, compare, complete, vouched
-from pkcs11_ha.core.ledger import Stage
+from pkcs11_ha.core.ledger import Stage, Wrapped
 from pkcs11_ha.core.proof import USAGE_ATTRIBUTES, Operation, Proof, evidence, plan_proof, shared_usage
 from pkcs11_ha.core.template import RESERVED, ulong
 from pkcs11_ha.log import Event
@@ -57,6 +57,8 @@ class VirtualObject:
 
 class Recipe(Protocol):
     """How a session object is made again on another member."""
+
+    wrapped: Wrapped | None  # a key's blob, where there is one
 
     def run(self, slot: Any, session: Any, index: int) -> Any:
         """Makes it; the call that did, with the handle in `made`, None if nothing did."""

@@ -21,6 +21,8 @@ from pkcs11_ha.core.template import (
     Template,
     contradictions,
     has_id,
+    named,
+    renamed,
     tag,
     ulong,
     wished,
@@ -43,7 +45,13 @@ _STALE_S = 8.0  # a writer that was held up so long may have been taken for dead
 
 _KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
 # What is read of a template that is created from, and has to come out as it was said.
+_STAYING = (ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE)  # in the way of what goes again
+_NAMING = frozenset({ck.CKA_ID, ck.CKA_LABEL, ck.CKA_APPLICATION, ck.CKA_OBJECT_ID})
 _GUARDS = frozenset({ck.CKA_MODIFIABLE, ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE})
+
+
+Put = Callable[[Member, Mapping[int, bytes | None]], int]
+"""Makes an object on a member with some attributes otherwise, or left out; its handle."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Part:
 
     entry: Entry
     final: Template  # what guards it, as it has to come out
-    put: Callable[[Member, Mapping[int, bytes]], int]
+    put: Put
     origin: str = ""  # the member that generated it
     at: dict[str, int] = field(default_factory=dict)  # member -> handle, where it was made
     placed: set[str] = field(default_factory=set)  # members that are through with it
@@ -153,14 +161,15 @@ class Placing:
         point: bytes | None,
         seed: Seed,
         handle: int,
-    ) -> Callable[[Member, Mapping[int, bytes]], int]:
+    ) -> Put:
         """On the seed's own member a copy of it, which keeps CKA_LOCAL; elsewhere from its blob or attributes."""
 
-        def put(member: Member, changes: Mapping[int, bytes]) -> int:
+        def put(member: Member, changes: Mapping[int, bytes | None]) -> int:
+            said = {n: v for n, v in changes.items() if v is not None}
             if member is seed.member:
                 with suppress(Refused), on(member):
-                    return self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE, **changes})
-            return self.copying.make_on(member, entry, {**template, **changes}, point)
+                    return self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE, **said})
+            return self.copying.make_on(member, entry, {**template, **said}, point)
 
         return put
 
@@ -205,7 +214,7 @@ class Placing:
                         if error.rv not in wrapping.NOT_WRAPPABLE:
                             raise
 
-                def put(member: Member, changes: Mapping[int, bytes]) -> int:
+                def put(member: Member, changes: Mapping[int, bytes | None]) -> int:
                     changed = Changed(array, count, dict(changes))
                     made = native.ffi.new("CK_OBJECT_HANDLE *")
                     with on(member):
@@ -225,7 +234,7 @@ class Placing:
 
     def _part_by_trial(
         self,
-        put: Callable[[Member, Mapping[int, bytes]], int],
+        put: Put,
         said: Mapping[int, bytes],
         wrapped: Wrapped | None,
     ) -> Part:
@@ -233,10 +242,8 @@ class Placing:
         entry = self.party.steadily(lambda there: self._tried_on(there[0], put, wrapped))
         return Part(entry, said, put)
 
-    def _tried_on(
-        self, member: Member, put: Callable[[Member, Mapping[int, bytes]], int], wrapped: Wrapped | None
-    ) -> Entry:
-        handle = put(member, {ck.CKA_TOKEN: FALSE})
+    def _tried_on(self, member: Member, put: Put, wrapped: Wrapped | None) -> Entry:
+        handle = put(member, {ck.CKA_TOKEN: FALSE, **dict.fromkeys(_STAYING)})
         with on(member):
             try:
                 identity = replace(attributes.who(member, member.session, handle), token=True)
@@ -245,37 +252,98 @@ class Placing:
                 member.call("C_DestroyObject", member.session, handle)
 
     def copy(self, source: VirtualObject, array: Any, count: int) -> list[VirtualObject]:
-        """C_CopyObject to a token object, on every member that has the source.  Raises CkError."""
+        """C_CopyObject to a token object, on every member.  Raises CkError.
+
+        Where the source is, it is copied; where it is not, as it is a session object, the copy is unwrapped.
+        """
+        said = attributes.said(array, count, _GUARDS)
+        first: list[tuple[Member, int]] = []
+
+        def put(member: Member, changes: Mapping[int, bytes | None]) -> int:
+            handle = self.party.objects.handle_at(source, self.party.members.index(member))
+            if handle:
+                made = self._copied(member, handle, Changed(array, count, changes))
+                first.append((member, made))
+                return made
+            if entry is None or entry.wrapped is None or not first:
+                raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, "C_CopyObject")
+            reference, like = first[0]
+            with on(reference):
+                shown = attributes.template_of(reference, reference.session, like)
+            said = {n: v for n, v in changes.items() if v is not None}
+            return self.copying.make_on(member, entry, {**shown, **named(entry.name), **said}, None)
+
+        entry: Entry | None = None
         with self.party.lock:
             try:
-                said = attributes.said(array, count, _GUARDS)
-
-                def put(member: Member, changes: Mapping[int, bytes]) -> int:
-                    handle = self.party.objects.handle_at(source, self.party.members.index(member))
-                    if not handle:
-                        raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, "C_CopyObject")
-                    changed = Changed(array, count, dict(changes))
-                    made = native.ffi.new("CK_OBJECT_HANDLE *")
-                    with on(member):
-                        arguments = (handle, changed.array, changed.count)
-                        do(member, "C_CopyObject", member.session, *arguments, made)
-                    return int(made[0])
-
+                where = self._where(source)
                 known = self.changing.entry_of(source) if source.identity.token else None
-                return self._place([self._part_by_trial(put, said, known.wrapped if known else None)])
+                wrapped = known.wrapped if known else self._wrapped_source(source, where[0])
+                if wrapped is None and len(where) < len(self.party.there()):
+                    return self._pinned_copy(source, where[0], Changed(array, count, {}))
+                entry = self._copied_entry(source, attributes.said(array, count, _NAMING), wrapped, where[0])
+                return self._place([Part(entry, said, put)], first=where[0])
             except MemberFault as fault:
                 self.party.leave(fault)
                 raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
             except Refused as error:
                 raise CkError(error.rv, str(error), error.member) from None
 
-    def _place(self, parts: Sequence[Part]) -> list[VirtualObject]:
+    def _copied_entry(
+        self, source: VirtualObject, said: Mapping[int, bytes], wrapped: Wrapped | None, member: Member
+    ) -> Entry:
+        """Of a copy: the same, under the name that it is given."""
+        handle = self.party.objects.handle_at(source, self.party.members.index(member))
+        identity = replace(source.identity, token=True, name=renamed(source.identity.name, said))
+        return self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
+
+    def _where(self, source: VirtualObject) -> list[Member]:
+        """Members that have it; raises CkError if none has."""
+        index = self.party.members.index
+        where = [m for m in self.party.there() if self.party.objects.handle_at(source, index(m))]
+        if not where:
+            raise CkError(ck.CKR_DEVICE_ERROR if self.party.away() else ck.CKR_OBJECT_HANDLE_INVALID)
+        return where
+
+    def _wrapped_source(self, source: VirtualObject, member: Member) -> Wrapped | None:
+        """The blob of a session key; None of what is no key, or cannot be wrapped."""
+        if source.identity.kind not in _KEYS:
+            return None
+        if source.recipe is not None and source.recipe.wrapped is not None:
+            return source.recipe.wrapped
+        handle = self.party.objects.handle_at(source, self.party.members.index(member))
+        try:
+            return self.copying.wrap(member, handle)
+        except Refused as error:
+            if error.rv not in wrapping.NOT_WRAPPABLE:
+                raise
+            return None
+
+    def _copied(self, member: Member, handle: int, changed: Changed) -> int:
+        made = native.ffi.new("CK_OBJECT_HANDLE *")
+        with on(member):
+            do(member, "C_CopyObject", member.session, handle, changed.array, changed.count, made)
+        return int(made[0])
+
+    def _pinned_copy(self, source: VirtualObject, member: Member, changed: Changed) -> list[VirtualObject]:
+        """A copy that only the member can make that has the source."""
+        if self.party.group.min_copies > 1:
+            raise self.party.rejected(
+                "the key cannot be wrapped, min_copies wants it", ck.CKR_KEY_NOT_WRAPPABLE
+            )
+        index = self.party.members.index(member)
+        made = self._copied(member, self.party.objects.handle_at(source, index), changed)
+        known = self.party.objects.adopt(index, member.epoch, member.session, made, 0)
+        self.party.objects.pinned(known)
+        return [known]
+
+    def _place(self, parts: Sequence[Part], first: Member | None = None) -> list[VirtualObject]:
         """Announces, puts in place on one member after the other, and tells the object map.  Raises CkError."""
         began = time.monotonic()
         lost: list[str] = []
         for member in self.party.there():
             self._steadily(member, lost, partial(self._announce, member, parts))
-        for member in self.party.there():
+        for member in sorted(self.party.there(), key=lambda member: member is not first):
             try:
                 if time.monotonic() - began > _STALE_S:
                     raise Refused(member, ck.CKR_FUNCTION_FAILED, "a write that was held up too long")
