@@ -7,7 +7,7 @@ CHAOS ?= 2000
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
-C_FILES = $(wildcard shim/csrc/*.[ch] include/*.h demo/*.[ch] bench/*.[ch] tests/*.[ch] tests/*/*.[ch])
+C_FILES = $(wildcard shim/csrc/*.[ch] shim/worker/*.[ch] include/*.h demo/*.[ch] bench/*.[ch] tests/*.[ch] tests/*/*.[ch])
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -23,10 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 SHIM = ROOT / "shim"
 CSRC = SHIM / "csrc"
+WORKER = SHIM / "worker"
 sys.path.insert(0, str(SHIM))
 
 from pkcs11_ha import __version__  # noqa: E402
-from pkcs11_ha.spec import emit, signature  # noqa: E402
+from pkcs11_ha.spec import emit, signature, wire  # noqa: E402
 
 MODULE = "_pkcs11_ha"  # the cffi module inside the library
 # Whatever the core raises here is one line: cffi would print a traceback into the host's stderr.
@@ -69,7 +70,7 @@ def libpython() -> tuple[Path, str]:
     sys.exit(f"build: {sys.executable} has no shared libpython; see README, 'Which Python'")
 
 
-def emit_all(out: Path, paths: Sequence[str]) -> None:
+def emit_all(out: Path, paths: Sequence[str], worker: Path) -> None:
     """Every generated file but the cffi module's C text, which needs all of them."""
     header = str(ROOT / "include" / "pkcs11.h")
     text = signature.preprocess(header, str(ROOT / "include" / "pkcs11_ha.h"))
@@ -86,8 +87,11 @@ def emit_all(out: Path, paths: Sequence[str]) -> None:
     write(out / "entry.gen.c", emit.entries(prototypes))
     write(out / "parameters.gen.c", emit.parameters())
     write(out / "exports.map", emit.exports())
-    write(out / "build.gen.h", build_header(stamp, paths))
+    write(out / "build.gen.h", build_header(stamp, paths, worker))
     constants = signature.constants(header)
+    write(out / "wire.gen.c", wire.common(prototypes, constants))
+    write(out / "remote.gen.c", wire.stubs(prototypes))
+    write(out / "serve.gen.c", wire.served(prototypes))
     names = ", ".join(f'"{name}"' for name in emit.upcall_names(prototypes))
     write(
         SHIM / "pkcs11_ha" / "ck.py",
@@ -107,13 +111,14 @@ def write_pages(docs: Path) -> None:
     write(docs / "return-codes.md", pages.return_codes())
 
 
-def build_header(stamp: str, paths: Sequence[str]) -> str:
+def build_header(stamp: str, paths: Sequence[str], worker: Path) -> str:
     quoted = ", ".join(f'"{path}"' for path in paths)
     return (
         emit.BANNER
         + f'#define HA_VERSION "{stamp}"\n#define HA_PYTHON_HOME "{sys.base_prefix}"\n'
         + f'#define HA_PYTHON_STDLIB "{sysconfig.get_path("stdlib")}"\n'
         + f'#define HA_LIBPYTHON "{libpython()[1]}"\n#define HA_PATHS {quoted}\n'
+        + f'#define HA_WORKER "{worker}"\n'
     )
 
 
@@ -132,14 +137,22 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
     fresh.unlink()
 
 
-def compile_all(out: Path, sanitize: str) -> list[Path]:
-    """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge)."""
-    include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{out}", f"-I{sysconfig.get_path('include')}"]
+# Of the library's sources, those that the worker is made of too.
+SHARED = ("wire.c", "library.c", "wire.gen.c", "parameters.gen.c")
+
+
+def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path]]:
+    """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge): library, worker."""
+    include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{WORKER}", f"-I{out}"]
+    include.append(f"-I{sysconfig.get_path('include')}")
     optimise = (
         ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
     )
-    ours = [*sorted(CSRC.glob("*.c")), out / "entry.gen.c", out / "parameters.gen.c"]
-    headers = [*CSRC.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h"), Path(__file__)]
+    generated = [out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "module")]
+    library = [*sorted(CSRC.glob("*.c")), *generated]
+    worker = [*sorted(WORKER.glob("*.c")), out / "serve.gen.c"]
+    headers = [*CSRC.glob("*.h"), *WORKER.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h")]
+    headers.append(Path(__file__))
     newest = max(path.stat().st_mtime for path in headers)
 
     def one(source: Path) -> Path:
@@ -150,7 +163,9 @@ def compile_all(out: Path, sanitize: str) -> list[Path]:
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, [*ours, out / "module.gen.c"]))
+        objects = dict(zip((all_ := [*library, *worker]), pool.map(one, all_), strict=True))
+    shared = [source for source in library if source.name in SHARED]
+    return [objects[source] for source in library], [objects[source] for source in shared + worker]
 
 
 def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> None:
@@ -168,6 +183,17 @@ def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> No
             *(["-Wl,-z,nodelete"] if sanitize else hardening), *search, str(directory / name), "-ldl",
         ]
     )  # fmt: skip
+
+
+def link_worker(objects: Sequence[Path], worker: Path, sanitize: str) -> None:
+    if worker.exists() and worker.stat().st_mtime >= max(path.stat().st_mtime for path in objects):
+        return
+    # A sanitizer looks for the C++ runtime when it starts, and vendor libraries that throw bring it later.
+    how = [f"-fsanitize={sanitize}", "-Wl,--no-as-needed", "-lstdc++"] if sanitize else ["-O2", "-flto=auto"]
+    fresh = worker.with_name(worker.name + ".new")  # workers of the one before may be running
+    hardening = "-Wl,-z,relro,-z,now,-z,noexecstack".split()
+    run(["cc", "-pie", "-pthread", *how, *map(str, objects), "-o", str(fresh), *hardening, "-ldl"])
+    fresh.replace(worker)
 
 
 def copy_backend(runtime: Path) -> None:
@@ -188,6 +214,9 @@ def main() -> None:
     parser.add_argument(
         "--installed", type=Path, default=None, help="where the Python files will be found at run time"
     )
+    parser.add_argument(
+        "--worker", type=Path, default=None, help="where the worker will be found at run time"
+    )
     arguments = parser.parse_args()
 
     output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan"}.get(
@@ -196,10 +225,13 @@ def main() -> None:
     runtime = output / "runtime"
     where = [str(arguments.installed)] if arguments.installed else [str(SHIM), str(runtime)]
     copy_backend(runtime)
-    emit_all(out, where)
+    worker = output / "pkcs11-ha-worker"
+    emit_all(out, where, arguments.worker or worker)
     # The embedded interpreter writes nothing, so what it loads is compiled now: a tenth of a second a start.
     compileall.compile_dir(SHIM / "pkcs11_ha", quiet=1)
-    link(out, compile_all(out, arguments.sanitize), output / "libpkcs11-ha.so", arguments.sanitize)
+    objects, worker_objects = compile_all(out, arguments.sanitize)
+    link(out, objects, output / "libpkcs11-ha.so", arguments.sanitize)
+    link_worker(worker_objects, worker, arguments.sanitize)
 
 
 if __name__ == "__main__":

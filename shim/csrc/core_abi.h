@@ -105,6 +105,19 @@ int ha_environ_set(char **names, char **values, unsigned count);
 void ha_environ_restore(void);
 char *ha_getenv(char *name); /* NULL in a process with more rights than its caller */
 
+/* ---- vendor libraries in a process of their own: a number for each, -1: too many ---- */
+int ha_remote_new(void);
+int ha_remote_start(int remote, char *module, char **variables, char **entries, unsigned count, unsigned timeout_ms,
+                    unsigned patience_ms, char *error, size_t error_size);
+int ha_remote_connect(int remote, char *path, unsigned timeout_ms, unsigned patience_ms, char *error,
+                      size_t error_size);
+void *ha_remote_function(int remote, unsigned row); /* NULL: its library has none */
+void ha_remote_version(int remote, unsigned *major, unsigned *minor);
+int ha_remote_alive(int remote);
+void ha_remote_kill(int remote); /* calls on it end with CKR_DEVICE_ERROR */
+void ha_remote_stop(int remote); /* the same, once its library has been finalised */
+void ha_remote_free(int remote);
+
 /* ---- secrets ---- */
 ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size);
 ha_secret *ha_secret_read(char *path, char *error, size_t error_size);

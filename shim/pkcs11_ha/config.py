@@ -22,7 +22,7 @@ ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNT
 
 Mode = Literal["call", "background"]
 Instance = Literal["shared", "own"]
-Host = Literal["process"]
+HOSTS = ("process", "worker")
 Balance = Literal["least-busy", "round-robin", "primary-first"]
 Replication = Literal["none", "domain"]
 Escrow = Literal["token", "none"]
@@ -59,7 +59,7 @@ class MemberConfig:
     init_args: str | None
     pin_source: str | None
     instance: Instance
-    host: Host
+    host: str
     profile: str
     call_timeout_s: float | None
 
@@ -178,13 +178,6 @@ def _choice(names: Sequence[str], later: Sequence[str] = ()) -> Form:
     return Form(" or ".join(f'"{name}"' for name in names), read)
 
 
-def _unavailable(why: str) -> Form:
-    def read(_given: Any) -> Any:
-        raise ValueError(f"{why}, which is not available in this version")
-
-    return Form(why, read)
-
-
 def _log_spec(given: str) -> str:
     parse_target(given)
     return given
@@ -219,6 +212,10 @@ _SERIAL = _form(
 )
 _LOG = _form('"file:/path", "syslog", "stderr" or "off"', _is_text, _log_spec)
 _TOKEN = _form("a PKCS#11 URI (RFC 7512)", _is_text, parse_token_uri)
+_HOST = _form(
+    '"process", "worker" or "unix:/path"',
+    lambda given: given in HOSTS or (_is_text(given) and given.startswith("unix:/")),
+)
 _PIN_SOURCE = _form('"file:/path"', _is_text, parse_pin_source)
 
 _REQUIRED = object()
@@ -257,9 +254,23 @@ OPTIONS = (
     Option("member", "init_args", _TEXT, None, "The string C_Initialize gets in pReserved (NSS)."),
     Option("member", "pin_source", _PIN_SOURCE, None, "File with the PIN, where the member has its own."),
     Option("member", "instance", _choice(get_args(Instance)), "shared", "A copy of the library, or shared."),
-    Option("member", "host", _choice(get_args(Host), ("worker",)), "process", "Where the library runs."),
+    Option(
+        "member",
+        "host",
+        _HOST,
+        "process",
+        "Where the library runs: in the application, in a worker process that is started for it, or in the"
+        " `pkcs11-ha-worker` that listens at a socket (with an environment and a library of its own).",
+    ),
     Option("member", "profile", _TEXT, "auto", "Name of the profile with the library's peculiarities."),
-    Option("member", "call_timeout_s", _unavailable('only with host = "worker"'), None, "Limit for a call."),
+    Option(
+        "member",
+        "call_timeout_s",
+        _SECONDS,
+        None,
+        "Seconds that a call may take, ten times as many where keys are made: then its worker is killed. Not for"
+        ' `host = "process"`.',
+    ),
     #
     Option("group", "label", _padded(1, 32), _REQUIRED, "Label of the virtual token."),
     Option("group", "serial", _SERIAL, None, 'Its serial; else "1" and the serial of the first member.'),
@@ -471,7 +482,8 @@ def load(path: str, profiles: Sequence[str] = PROFILES) -> Config:
     text = _read(path)
     config = parse(text, path, profiles)
     for number, member in enumerate(config.members):
-        for key, file in (("module", member.module), ("pin_source", member.pin_source)):
+        module = None if member.host.startswith("unix:") else member.module  # that is the worker's to read
+        for key, file in (("module", module), ("pin_source", member.pin_source)):
             problem = file and _problem_with(file)
             if problem:
                 raise _Source(path, text).error(("member", number, key), f"{file}: {problem}")
@@ -534,6 +546,7 @@ def parse(text: str, path: str, profiles: Sequence[str] = PROFILES) -> Config:
         groups=tuple(GroupConfig(**values) for values in _values_of_each("group", tables, source)),
     )
     _check_names(config, profiles, source)
+    _check_hosts(config, source)
     _check_membership(config, source)
     return config
 
@@ -591,6 +604,18 @@ def _check_names(config: Config, profiles: Sequence[str], source: _Source) -> No
         if member.profile not in profiles:
             names_known = " or ".join(f'"{name}"' for name in profiles)
             raise source.error(("member", number, "profile"), f"expected {names_known}")
+
+
+def _check_hosts(config: Config, source: _Source) -> None:
+    """What one host can do and another cannot."""
+    for number, member in enumerate(config.members):
+        if member.host == "process" and member.call_timeout_s is not None:
+            problem = 'a call in this process cannot be ended: only with host = "worker" or "unix:/path"'
+            raise source.error(("member", number, "call_timeout_s"), problem)
+        if member.host.startswith("unix:") and member.env:
+            raise source.error(
+                ("member", number, "env"), "the worker at a socket has an environment of its own"
+            )
 
 
 def _check_membership(config: Config, source: _Source) -> None:

@@ -243,13 +243,15 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("member", 'pin_source = "|pin"', "member.pin_source: commands are not run: name a file, file:/path"),
         ("member", "pin_source = 1234", 'member.pin_source: expected "file:/path"'),
         ("member", 'instance = "two"', 'member.instance: expected "shared" or "own"'),
-        ("member", 'host = "worker"', 'member.host: "worker" is not available in this version'),
-        ("member", 'host = "remote"', 'member.host: expected "process"'),
+        ("member", 'host = "remote"', 'member.host: expected "process", "worker" or "unix:/path"'),
+        ("member", 'host = "unix:run/x"', 'member.host: expected "process", "worker" or "unix:/path"'),
+        ("member", "host = 1", 'member.host: expected "process", "worker" or "unix:/path"'),
+        ("member", "call_timeout_s = 0", "member.call_timeout_s: expected a number of seconds above 0"),
         ("member", "profile = 1", "member.profile: expected a string"),
         (
             "member",
             "call_timeout_s = 20",
-            'member.call_timeout_s: only with host = "worker", which is not available in this version',
+            "member.call_timeout_s: a call in this process cannot be ended",
         ),
         ("member", '"pin\\nsource" = 1', "member.pin\\nsource: unknown key; there are name, module"),
         ("group", 'serial = ""', f"group.serial: {SERIAL}"),
@@ -280,6 +282,17 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
 def test_option_of_the_wrong_kind_is_refused_at_its_line(section: str, text: str, complaint: str) -> None:
     line = 5 if section in ("member", "group") else 2
     assert option(text, section).startswith(f"/x.toml:{line}: {complaint}")
+
+
+@pytest.mark.parametrize("host", ["worker", "unix:/run/hsm.sock"])
+def test_a_call_has_a_limit_where_it_can_be_ended(host: str) -> None:
+    member = parse(f'{EAST}host = "{host}"\ncall_timeout_s = 0.5\n{WEST}{PROD}', "/x.toml").members[0]
+    assert (member.host, member.call_timeout_s) == (host, 0.5)
+
+
+def test_a_worker_at_a_socket_takes_no_environment() -> None:
+    complaint = "/x.toml:6: member.env: the worker at a socket has an environment of its own"
+    assert option('host = "unix:/run/x"\nenv = { A = "1" }', "member") == complaint
 
 
 def test_log_that_is_no_target_is_refused_with_the_reason() -> None:

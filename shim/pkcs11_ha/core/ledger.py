@@ -45,6 +45,7 @@ class Wrapped:
     generation: int
     form: str
     blob: bytes
+    size: int = 0  # CKA_VALUE_LEN of a secret key; 0: not known
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Entry:
     version: int
     alive: bool
     name: Name
+    former: tuple[Name, ...] = ()  # what it was called before, the oldest first
     fingerprint: bytes | None = None
     evidence: bytes | None = None  # what the key shows in an operation, see core.proof
     wrapped: Wrapped | None = None
@@ -101,14 +103,18 @@ def _plain(entry: Entry) -> dict[str, Any]:
         "uid": entry.uid,
         "version": entry.version,
         "alive": entry.alive,
-        "name": [v if isinstance(v, int | None) else _text(v) for v in entry.name],
+        "name": _plain_name(entry.name),
     }
+    if entry.former:
+        plain["former"] = [_plain_name(name) for name in entry.former]
     if entry.fingerprint is not None:
         plain["fingerprint"] = _text(entry.fingerprint)
     if entry.evidence is not None:
         plain["evidence"] = _text(entry.evidence)
     if entry.wrapped:
-        plain["wrapped"] = [entry.wrapped.generation, entry.wrapped.form, _text(entry.wrapped.blob)]
+        plain["wrapped"] = [
+            *(entry.wrapped.generation, entry.wrapped.form, _text(entry.wrapped.blob), entry.wrapped.size)
+        ]
     if entry.change:
         plain["change"] = {str(number): _text(value) for number, value in entry.change.items()}
     if entry.owed:
@@ -120,6 +126,15 @@ def _plain(entry: Entry) -> dict[str, Any]:
     if entry.together:
         plain["together"] = [_plain(other) for other in entry.together]
     return plain
+
+
+def _plain_name(name: Name) -> list[int | str | None]:
+    return [v if isinstance(v, int | None) else _text(v) for v in name]
+
+
+def _name(plain: list[Any]) -> Name:
+    object_class, kind, *texts = plain
+    return Name(object_class, kind, *(base64.b64decode(text) for text in texts))
 
 
 def _text(value: bytes) -> str:
@@ -139,15 +154,17 @@ def decode(value: bytes) -> Entry:
 
 def _entry(plain: Mapping[str, Any]) -> Entry:
     wrapped, owner = plain.get("wrapped"), plain.get("owner")
-    object_class, kind, *texts = plain["name"]
     return Entry(
         uid=plain["uid"],
         version=plain["version"],
         alive=plain["alive"],
-        name=Name(object_class, kind, *(base64.b64decode(text) for text in texts)),
+        name=_name(plain["name"]),
+        former=tuple(_name(each) for each in plain.get("former", ())),
         fingerprint=base64.b64decode(plain["fingerprint"]) if "fingerprint" in plain else None,
         evidence=base64.b64decode(plain["evidence"]) if "evidence" in plain else None,
-        wrapped=Wrapped(wrapped[0], wrapped[1], base64.b64decode(wrapped[2])) if wrapped else None,
+        wrapped=Wrapped(wrapped[0], wrapped[1], base64.b64decode(wrapped[2]), wrapped[3])
+        if wrapped
+        else None,
         change={int(n): base64.b64decode(v) for n, v in plain.get("change", {}).items()},
         owed=frozenset(plain.get("owed", ())),
         foreign=plain.get("foreign", False),
@@ -182,19 +199,18 @@ def assess(replicas: Sequence[Replica], there: Iterable[str], roster: Iterable[s
 
     `there` are the members that can be worked on now, `roster` all that the group has.  A member is done with an
     object when it has placed the newest version of its entry.  A tombstone concerns members that have an older
-    entry and those it names, and nobody else.
+    entry, those it names, and those that are away until they have shown that they have none.
     """
     target = max((replica.entry for replica in replicas), key=lambda entry: entry.weight)
     at_target = [r for r in replicas if r.entry.weight == target.weight]
     done = {r.member for r in at_target if r.stage is not Stage.ANNOUNCED}
-    everybody = frozenset(roster)
+    everybody, present = frozenset(roster), frozenset(there)
     if any(r.stage is Stage.KEPT for r in at_target):
         # A member that was admitted or replaced since is brought in by its own command, not here.
         done |= everybody - {r.member for r in replicas if r.entry.weight < target.weight}
     elif not target.alive:
-        concerned = {r.member for r in replicas} | target.owed
-        done |= everybody - concerned
-    present = frozenset(there)
+        # Who is away may have an entry that nobody sees now.
+        done |= (everybody & present) - {r.member for r in replicas} - target.owed
     return Situation(
         target,
         frozenset(done) & everybody,

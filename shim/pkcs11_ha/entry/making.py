@@ -13,6 +13,7 @@ from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import slot_of
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.attributes import Changed, Filled, said
+from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.placing import Seed, SeedLost
@@ -25,7 +26,7 @@ _DECIDING = frozenset(
     {
         *(ck.CKA_TOKEN, ck.CKA_CLASS, ck.CKA_KEY_TYPE, ck.CKA_ID, ck.CKA_LABEL, ck.CKA_APPLICATION),
         *(ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE),
-        *(ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE, ck.CKA_WRAP_WITH_TRUSTED),
+        *(ck.CKA_SENSITIVE, ck.CKA_EXTRACTABLE, ck.CKA_WRAP_WITH_TRUSTED, ck.CKA_START_DATE, ck.CKA_END_DATE),
     }
 )
 _SECRETS = frozenset(
@@ -285,15 +286,37 @@ def _in_session(
 def _wrapped_in_session(
     slot: VirtualSlot, session: Any, making: Making, wanted: Template, replication: Replication
 ) -> VirtualObject:
-    """A generated session key that can change members."""
+    """A generated session key that can change members: a copy, as wished, of one that could be wrapped."""
     ((array, count),) = making.templates
-    changes = {n: v for n, v in for_seed(wanted, is_key=True).items() if n != ck.CKA_TOKEN}
     carried = making.carried(slot, session)
-    handles = making.make(carried, [Changed(array, count, changes)])
-    wrapped, template = replication.copying.of_session(slot.members[carried.index], handles[0], wanted)
-    known = _adopted(slot, session, carried, handles)[0]
-    known.recipe = Unwrapped(replication, wrapped, template)
+    (first,) = making.make(carried, [Changed(array, count, for_seed(wanted, is_key=True))])
+    member = slot.members[carried.index]
+    try:
+        wrapped, template, final = replication.copying.of_session(member, first, wanted)
+        again = Unwrapped(replication, wrapped, template) if wrapped is not None else None
+        copying = _copied(slot, session, member, first, final) or (
+            again.run(slot, session, carried.index) if again else None
+        )
+        if copying is None:
+            raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "the key cannot be had as wished", member)
+    finally:
+        member.call("C_DestroyObject", carried.session, first)
+    known = _adopted(slot, session, copying, [copying.made])[0]
+    known.recipe = again
     return known
+
+
+def _copied(
+    slot: VirtualSlot, session: Any, member: Member, handle: int, final: Mapping[int, bytes]
+) -> Carried | None:
+    """C_CopyObject in the application's own session; None if the member does not do it so."""
+    filled, made = Filled(final), native.ffi.new("CK_OBJECT_HANDLE *")
+    carried = Carried("C_CopyObject", slot, session).only(member)
+    rv = carried.run(
+        lambda function, call: int(function(call.member_session, handle, filled.array, filled.count, made))
+    )
+    carried.made = int(made[0])
+    return carried if rv == ck.CKR_OK else None
 
 
 # ---- the calls of the standard ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pkcs11_ha import ck
@@ -72,11 +73,25 @@ def template_of(member: Member, session: int, object_: int) -> dict[int, bytes |
     first = read(member, session, object_, (ck.CKA_CLASS, ck.CKA_KEY_TYPE))
     numbers = template.attributes_of(_ulong(first, ck.CKA_CLASS), _ulong(first, ck.CKA_KEY_TYPE))
     flat = [number for number in numbers if not number & ck.CKF_ARRAY_ATTRIBUTE]
-    shown: dict[int, bytes | Nested] = dict(read(member, session, object_, flat))
+    shown: dict[int, bytes | Nested] = dict(_read_steadily(member, session, object_, flat))
     for number in set(numbers) - set(flat):
         if (nested := _read_nested(member, session, object_, number)) is not None:
             shown[number] = nested
     return shown
+
+
+def _read_steadily(member: Member, session: int, object_: int, types: Sequence[int]) -> dict[int, bytes]:
+    """As `read`; an attribute at which the member stumbles (SoftHSM at a private key's dates) is left out alone."""
+    try:
+        return read(member, session, object_, types)
+    except CkError as error:
+        if error.rv not in (ck.CKR_GENERAL_ERROR, ck.CKR_FUNCTION_FAILED) or not member.probe():
+            raise
+    values: dict[int, bytes] = {}
+    for number in types:
+        with suppress(CkError):
+            values |= read(member, session, object_, (number,))
+    return values
 
 
 def _read_nested(member: Member, session: int, object_: int, number: int) -> bytes | Nested | None:

@@ -123,6 +123,9 @@ class Changing:
                 entry,
                 version=entry.version + 1,
                 name=renamed(entry.name, said),
+                former=entry.former
+                if renamed(entry.name, said) == entry.name
+                else (*entry.former, entry.name),
                 change={**entry.change, **said},
                 owner=owner,
                 owed=self.party.away() if entry.foreign else entry.owed,
@@ -159,7 +162,12 @@ class Changing:
                 destroy(member, handle)
 
         with self.party.lock:
-            self._on_all(known, lambda entry: tombstone(entry, owner, self.party.away()), act, lambda: None)
+            self._on_all(
+                known,
+                lambda entry: tombstone(entry, owner, self.party.away() if entry.foreign else ()),
+                act,
+                lambda: None,
+            )
             self.party.objects.drop(known)
 
     def _on_all(
@@ -254,10 +262,18 @@ class Changing:
         """An entry for an object that was provisioned outside, so that members that are away learn of its end."""
         identity = known.identity
         fingerprint = None if identity.borrowed else identity.fingerprint
-        index = next(iter(known.at))
-        evidence = self.whereabouts.shows(self.party.members[index], known.at[index].handle, identity)
+        evidence = self._shows(known)
         uid = secrets.token_hex(16)
-        return Entry(uid, 0, True, identity.name, fingerprint, evidence, foreign=True)
+        return Entry(uid, 0, True, identity.name, fingerprint=fingerprint, evidence=evidence, foreign=True)
+
+    def _shows(self, known: VirtualObject) -> bytes | None:
+        """What a key shows on a member that is there."""
+        for member in self.party.there():
+            index = self.party.members.index(member)
+            handle = self.party.objects.handle_at(known, index)
+            if handle:
+                return self.whereabouts.shows(member, handle, known.identity)
+        return None
 
     def entry_of(self, known: VirtualObject) -> Entry | None:
         """The entry of an object; None if it was made outside.  Raises CkError if that cannot be told."""
@@ -279,10 +295,7 @@ class Changing:
             and (shown is None or entry.fingerprint is None or entry.fingerprint == shown)
         ]
         if len(fitting) > 1 and shown is None:
-            index = next(iter(known.at))
-            evidence = self.whereabouts.shows(
-                self.party.members[index], known.at[index].handle, known.identity
-            )
+            evidence = self._shows(known)
             fitting = [e for e in fitting if evidence is not None and e.evidence == evidence]
             if len(fitting) != 1:
                 raise self.party.rejected(

@@ -47,7 +47,8 @@ class Copying:
         key = self.party.keys[member.name][number]
         with on(member):
             blob = wrap(member, mechanism(key.spellings[form]), key.handle, handle)
-        return Wrapped(number, form, blob)
+            shown = attributes.read(member, member.session, handle, (ck.CKA_CLASS, ck.CKA_VALUE_LEN))
+        return Wrapped(number, form, blob, int.from_bytes(shown.get(ck.CKA_VALUE_LEN, b""), "little"))
 
     @staticmethod
     def copy_within(member: Member, handle: int, changes: Mapping[int, bytes]) -> int:
@@ -71,6 +72,11 @@ class Copying:
             spelling = mechanism(key.spellings[entry.wrapped.form])
             return unwrap(member, spelling, key.handle, entry.wrapped.blob, wanted)
 
+    def keeps(self, member: Member, wrapped: Wrapped) -> bool:
+        """Whether a key comes out there as it went in: SoftHSM fills secret keys of odd lengths with zeros, against
+        RFC 5649."""
+        return wrapped.size % 8 == 0 or self.party.keeps_lengths(member)
+
     def copy_over(self, member: Member, target: Entry, reference: Member, handle: int) -> tuple[int, bool]:
         """Makes an object on a member, as another one shows it there.  Raises MemberFault, Refused.
 
@@ -87,7 +93,7 @@ class Copying:
         )
         final = {n: v for n, v in shown.items() if isinstance(v, bytes)}
         point = self.whereabouts.point_of(reference, target.name) if member.profile == "nss" else None
-        made = self.make_on(member, target, {**shown, **named(target.name), **mark}, point)
+        made = self.make_on(member, target, {**shown, **target.change, **named(target.name), **mark}, point)
         with on(member):
             now = attributes.read(member, member.session, made, tuple(final))
         if contradictions(final, now):
@@ -97,21 +103,22 @@ class Copying:
 
     def of_session(
         self, member: Member, handle: int, wish: Template
-    ) -> tuple[Wrapped, dict[int, bytes | Nested]]:
-        """A generated session key's blob and the template of its copies; the key itself gets what was wished.
+    ) -> tuple[Wrapped | None, dict[int, bytes | Nested], dict[int, bytes]]:
+        """A generated session key's blob, the template of its copies, and what the key itself is to have yet.
 
-        Raises CkError.
+        No blob: it cannot be wrapped.  Raises CkError.
         """
         final = wished(wish, is_key=True)
         try:
             wrapped = self.wrap(member, handle)
             with on(member):
                 shown = attributes.template_of(member, member.session, handle)
-                filled = Filled(final)
-                do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
         except MemberFault as fault:
             self.party.leave(fault)
             raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
         except Refused as error:
+            if error.rv in wrapping.NOT_WRAPPABLE:
+                return None, {}, final
             raise CkError(error.rv, str(error), error.member) from None
-        return wrapped, {**for_copy({**shown, **final}), ck.CKA_TOKEN: FALSE}
+        keeps = all(self.keeps(other, wrapped) for other in self.party.there())
+        return wrapped if keeps else None, {**for_copy({**shown, **final}), ck.CKA_TOKEN: FALSE}, final

@@ -84,6 +84,39 @@ def _prove(member: Member, handle: int, generation: Generation) -> dict[str, int
     return spellings
 
 
+def keeps_lengths(member: Member, key: DomainKey) -> bool:
+    """Whether a secret key of 17 bytes comes out of its blob with 17 bytes; raises MemberFault.
+
+    SoftHSM 2.6 leaves the zeros of RFC 5649 in it: then it is another key.
+    """
+    value = bytes(range(1, 18))
+    if wrapping.KWP not in key.spellings:
+        return False
+    template = {
+        ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY),
+        ck.CKA_KEY_TYPE: ulong(ck.CKK_GENERIC_SECRET),
+        ck.CKA_TOKEN: FALSE,
+        ck.CKA_EXTRACTABLE: TRUE,
+        ck.CKA_SENSITIVE: FALSE,
+    }
+    spelling = mechanism(key.spellings[wrapping.KWP])
+    made: list[int] = []
+    try:
+        with on(member):
+            made.append(create(member, {**template, ck.CKA_VALUE: value}))
+            made.append(
+                unwrap(member, spelling, key.handle, wrap(member, spelling, key.handle, made[0]), template)
+            )
+            return (
+                attributes.read(member, member.session, made[1], (ck.CKA_VALUE,)).get(ck.CKA_VALUE) == value
+            )
+    except Refused:
+        return False
+    finally:
+        for handle in made:
+            member.call("C_DestroyObject", member.session, handle)
+
+
 # ---- bringing it in ----
 
 

@@ -78,6 +78,8 @@ class ObjectMap:
         self.members = members
         self.log = log
         self.lock = threading.RLock()  # of the tables below; never held over a call to a member
+        # whether one object of a name on several members is the same, where somebody knows
+        self.is_one: Callable[[Name, Sequence[Member]], bool] | None = None
         self.returning: set[int] = set()  # members whose objects are being matched
         self.objects: dict[int, VirtualObject] = {}
         self.by_name: dict[Name, list[VirtualObject]] = {}
@@ -579,7 +581,12 @@ class ObjectMap:
         raise CkError(rv, "proving a key", member)
 
     def _vouched(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> bool:
-        """For keys that can prove nothing by an operation: both members show one public key for this CKA_ID."""
+        """For keys that can prove nothing by an operation: the group's ledger says it of the one key of that name on
+        each, or both members show one public key for this CKA_ID."""
+        if self.is_one is not None:
+            with suppress(Exception):  # a member that fails at that says nothing of its key
+                if self.is_one(known.identity.name, (self.members[one], self.members[other])):
+                    return True
         if known.identity.kind is not Kind.PRIVATE_KEY:
             return False
         return vouched(self._with_namesakes(one, own), self._with_namesakes(other, handle))

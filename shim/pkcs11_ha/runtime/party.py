@@ -44,6 +44,7 @@ class Party:
         self.lock = threading.RLock()  # one write of this process at a time
         self.generation: Generation | None = None
         self.attended: dict[str, int] = {}  # members that take part -> the epoch in which they were found fit
+        self._lengths: dict[str, tuple[int, bool]] = {}  # member -> epoch, and what was found then
         self.names: frozenset[str] | None = None  # as the ledger has them; None: it has none
         self.keys: dict[str, dict[int, DomainKey]] = {}
 
@@ -78,6 +79,15 @@ class Party:
             self.attended[member.name] = member.epoch
         self.generation = generation
         self.names = self.ledger.roster(members)
+
+    def keeps_lengths(self, member: Member) -> bool:
+        """Whether it unwraps keys of odd lengths as they are; tried once in its present life."""
+        known = self._lengths.get(member.name)
+        if known is None or known[0] != member.epoch:
+            keys = self.keys.get(member.name, {})
+            keeps = bool(keys) and domain.keeps_lengths(member, keys[max(keys)])
+            known = self._lengths[member.name] = (member.epoch, keeps)
+        return known[1]
 
     def look(self, member: Member) -> dict[int, DomainKey] | None:
         """The domain keys a member proves; None if it failed at that, and is left out."""

@@ -17,7 +17,6 @@ from pkcs11_ha.core.ledger import Entry, Owner, Replica, Stage, Wrapped, tombsto
 from pkcs11_ha.core.template import (
     FALSE,
     TRUE,
-    Nested,
     Template,
     contradictions,
     has_id,
@@ -142,8 +141,12 @@ class Placing:
                     if error.rv not in wrapping.NOT_WRAPPABLE:
                         raise
                     return None
+                if not all(self.copying.keeps(other, wrapped) for other in self.party.there()):
+                    return None
             entry = self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
-            template = {**each, **final, **_own_attributes(wish, each)}
+            unshown = _unshown(wish, each)
+            entry = replace(entry, change=unshown)
+            template = {**each, **final, **unshown}
             point = points[0] if points and isinstance(points[0], bytes) else None
             put = self._putter(entry, template, final, point, seed, handle)
             parts.append(Part(entry, final, put, member.name))
@@ -151,7 +154,13 @@ class Placing:
 
     def _new_entry(self, identity: Identity, wrapped: Wrapped | None, evidence: bytes | None) -> Entry:
         shown = None if identity.borrowed else identity.fingerprint
-        return Entry(secrets.token_hex(16), 1, True, identity.name, shown, evidence, wrapped, owner=me())
+        return Entry(
+            *(secrets.token_hex(16), 1, True, identity.name),
+            fingerprint=shown,
+            evidence=evidence,
+            wrapped=wrapped,
+            owner=me(),
+        )
 
     def _putter(
         self,
@@ -430,7 +439,7 @@ class Placing:
         """The application is told that there is no object: there must be none, nor come back with a lost member."""
         owner = me()
         for part in parts:
-            grave = tombstone(part.entry, owner, lost)
+            grave = tombstone(part.entry, owner)
             told = False
             for member in self.party.there():
                 with self._unless_lost():
@@ -461,9 +470,17 @@ class Placing:
             )
 
 
-def _own_attributes(wish: Template, shown: Template) -> dict[int, bytes | Nested]:
-    """What the application asked for and we know nothing of: for the copies as well."""
-    return {n: v for n, v in wish.items() if n >= ck.CKA_VENDOR_DEFINED and n not in shown}
+def _unshown(wish: Template, shown: Template) -> dict[int, bytes]:
+    """What the application asked for and its member does not show, so that the ledger keeps it for the copies.
+
+    Attributes of vendors, of which we know nothing; and dates, which SoftHSM takes and cannot read again.
+    """
+    known = (ck.CKA_START_DATE, ck.CKA_END_DATE)
+    return {
+        n: v
+        for n, v in wish.items()
+        if isinstance(v, bytes) and n not in shown and (n >= ck.CKA_VENDOR_DEFINED or n in known)
+    }
 
 
 def _bundled(parts: list[Part]) -> list[Part]:

@@ -45,6 +45,7 @@ class Replication:
         self.settling = Settling(self.party, self.whereabouts, self.copying)
         self.changing = Changing(self.party, self.whereabouts, self.settling)
         self.placing = Placing(self.party, self.whereabouts, self.copying, self.settling, self.changing)
+        objects.is_one = self.whereabouts.is_one
         self.is_by_hand = False  # a command is at work, and decides itself who takes part
 
     def begin(self, members: Sequence[Member]) -> None:

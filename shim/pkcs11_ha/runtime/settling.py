@@ -146,7 +146,7 @@ class Settling:
         """What was told to the application becomes true as soon as somebody is there."""
         while self._regrets:
             entry = self._regrets[-1]
-            grave = tombstone(entry, me(), self.party.away())
+            grave = tombstone(entry, me())
             if self.party.replicas(entry.uid):
                 for member in self.party.there():
                     self.party.ledger.write(member, grave, Stage.ANNOUNCED, self.party.there())
@@ -219,7 +219,8 @@ class Settling:
                 for replica in replicas:
                     self.party.ledger.erase(replica)
             return False
-        if target.wrapped is None and target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY):
+        is_key = target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY)
+        if is_key and (target.wrapped is None or not self.copying.keeps(member, target.wrapped)):
             return False  # it could not be wrapped: `p11ha check` says so
         self.copying.copy_over(member, target, *source)
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))

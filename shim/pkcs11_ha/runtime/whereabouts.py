@@ -77,9 +77,19 @@ class Whereabouts:
                     return shown[ck.CKA_EC_POINT]
         return None
 
+    def is_one(self, name: Name, members: Sequence[Member]) -> bool:
+        """Whether by the ledger the one object of that name on each of these members is the same."""
+        if any(len(self._alike(member, name, None)) != 1 for member in members):
+            return False
+        uids = [
+            {r.entry.uid for r in self.party.ledger.called(name, [m]) if r.entry.alive and r.member == m.name}
+            for m in members
+        ]
+        return all(len(each) == 1 for each in uids) and len(set.union(*uids)) == 1
+
     def surplus(self, member: Member, target: Entry) -> bool:
         """Whether the member has more objects that are just like this one than its entries account for."""
-        alike = self._alike(member, [target.name], target.fingerprint)
+        alike = self._alike(member, target.name, target.fingerprint)
         accounted = {
             r.entry.uid
             for r in self.party.ledger.called(target.name, self.party.there())
@@ -91,38 +101,46 @@ class Whereabouts:
         return len(alike) > len(accounted)
 
     def locate(self, member: Member, target: Entry, own: Entry | None) -> int | None:
-        """The object of an entry on a member; None: it is not there.  Raises Unproven."""
-        names = [target.name] + ([own.name] if own and own.name != target.name else [])
-        alike = self._alike(member, names, target.fingerprint)
+        """The object of an entry on a member, by what it is called there; None: it is not there.  Raises Unproven.
+
+        `own` is the member's own entry of it, where it has one.
+        """
+        names = [own.name] if own else []
+        for name in (*names, *target.former, target.name):
+            found = self._meant(self._alike(member, name, target.fingerprint), member, target, own)
+            if found is not None:
+                return found
+        return None
+
+    def _meant(
+        self, alike: Sequence[tuple[int, Identity]], member: Member, target: Entry, own: Entry | None
+    ) -> int | None:
+        """Which of the objects of a name an entry means; None if it is none of them."""
         same = [h for h, i in alike if target.fingerprint is not None and i.fingerprint == target.fingerprint]
         if same:
             return same[0]
-        if not alike:
-            return None
-        if target.evidence is not None:
-            for handle, identity in alike:
-                if self.shows(member, handle, identity) == target.evidence:
-                    return handle
-        if len(alike) == 1 and own is not None and target.evidence is None:
-            return alike[0][0]
-        if target.evidence is not None:
-            return None
+        unknown = []
+        for handle, identity in alike:
+            shown = self.shows(member, handle, identity)
+            if shown is None or target.evidence is None or shown[:8] != target.evidence[:8]:
+                unknown.append(handle)
+            elif shown == target.evidence:
+                return handle
+        if not unknown or (len(unknown) == 1 and own is not None):
+            return unknown[0] if unknown else None
         raise Unproven(
-            f"which of {len(alike)} named {target.name.label!r} is meant cannot be proven: change it by hand"
+            f"which of {len(unknown)} named {target.name.label!r} is meant cannot be proven: change it by hand"
         )
 
-    def _alike(
-        self, member: Member, names: Sequence[Name], fingerprint: bytes | None
-    ) -> list[tuple[int, Identity]]:
+    def _alike(self, member: Member, name: Name, fingerprint: bytes | None) -> list[tuple[int, Identity]]:
         found: dict[int, Identity] = {}
         with on(member):
-            for name in names:
-                wanted = {ck.CKA_TOKEN: TRUE, ck.CKA_CLASS: ulong(name.object_class or 0)}
-                wanted |= {n: v for n, v in ((ck.CKA_ID, name.id), (ck.CKA_LABEL, name.label)) if v}
-                for handle in attributes.find(member, member.session, wanted):
-                    identity = attributes.who(member, member.session, handle)
-                    if identity.name == name:
-                        found[handle] = identity
+            wanted = {ck.CKA_TOKEN: TRUE, ck.CKA_CLASS: ulong(name.object_class or 0)}
+            wanted |= {n: v for n, v in ((ck.CKA_ID, name.id), (ck.CKA_LABEL, name.label)) if v}
+            for handle in attributes.find(member, member.session, wanted):
+                identity = attributes.who(member, member.session, handle)
+                if identity.name == name:
+                    found[handle] = identity
         shown = {h: None if i.borrowed else i.fingerprint for h, i in found.items()}
         return [
             (h, i)

@@ -1,0 +1,245 @@
+/*
+ * pkcs11-ha-worker: one vendor library in a process of its own, for the stubs of one client.
+ *
+ *   pkcs11-ha-worker --parent PID MODULE                          started by a member: its socket is descriptor 3
+ *   pkcs11-ha-worker --listen PATH MODULE [--init-args TEXT]      for others: a process per client, at a Unix socket
+ *
+ * A client's control socket brings further sockets, its channels: each has a thread, and one call at a time.  When
+ * the control socket ends, or the client's process does, the worker is gone at once, whatever the library is doing.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "serve.h"
+
+enum { CHANNELS_AT_ONCE = 8 };
+
+static void *functions[HA_FUNCTIONS];
+static char *listening_at;
+
+/* library.c guards its calls with it: here the signal is ignored. */
+unsigned char ha_guard_enter(void)
+{
+    return 0;
+}
+
+void ha_guard_leave(unsigned char guarded)
+{
+    (void)guarded;
+}
+
+static _Noreturn void fail(const char *what, const char *why)
+{
+    fprintf(stderr, "pkcs11-ha-worker: %s: %s\n", what, why);
+    exit(1);
+}
+
+/* ---- calls ---- */
+
+/* A request for a row that there is, well formed; else the channel ends, and with it the client's trust in us. */
+static bool serve_one(struct serve *s, int fd)
+{
+    if (ha_receive(fd, &s->request, HA_WIRE_MAX, 0) != HA_WIRE_DONE) return false;
+    struct ha_frame frame = ha_frame_of(&s->request);
+    if (frame.row >= HA_FUNCTIONS || !serve_rows[frame.row] || !functions[frame.row]) return false;
+    if (!serve_rows[frame.row](s, functions[frame.row]) || s->answer.no_memory) return false;
+    return ha_send(fd, &s->answer, 0) == HA_WIRE_DONE;
+}
+
+static void *serve_channel(void *argument)
+{
+    struct serve s;
+    int fd = (int)(intptr_t)argument;
+    if (serve_begin(&s)) {
+        while (serve_one(&s, fd)) serve_end(&s);
+        serve_free(&s);
+    }
+    close(fd);
+    return NULL;
+}
+
+/* ---- a client ---- */
+
+/* Loads the library; NULL or why it cannot be used. */
+static const char *load(char *path, unsigned *major, unsigned *minor)
+{
+    static char error[512];
+    char why[256] = "no memory";
+    unsigned count;
+    ha_library *library = ha_library_open(path, 0, error, sizeof error);
+    if (!library) return error; /* with the path */
+    void *list = ha_library_list(library, &count, major, minor, why, sizeof why);
+    for (unsigned row = 0; list && row < count; row++) functions[row] = ha_library_function(library, list, row);
+    snprintf(error, sizeof error, "%s: %s", path, why);
+    return list ? NULL : error;
+}
+
+/* What the client wants to know first. */
+static bool greet(int control, const char *error, unsigned major, unsigned minor)
+{
+    struct ha_message hello = {0};
+    CK_BYTE has[HA_FUNCTIONS];
+    for (unsigned row = 0; row < HA_FUNCTIONS; row++) has[row] = functions[row] && serve_rows[row];
+    ha_message_begin(&hello, HA_WIRE_HELLO, 0);
+    ha_put_bytes(&hello, ha_wire_version, strlen(ha_wire_version));
+    ha_put_bytes(&hello, error ? error : "", error ? strlen(error) : 0);
+    ha_put(&hello, major);
+    ha_put(&hello, minor);
+    ha_put_bytes(&hello, has, sizeof has);
+    bool sent = !hello.no_memory && ha_send(control, &hello, 0) == HA_WIRE_DONE;
+    ha_message_free(&hello);
+    return sent && !error;
+}
+
+/* The descriptors that came with a byte of the control socket; false: it has ended. */
+static bool take_channels(int control)
+{
+    char bytes[CHANNELS_AT_ONCE];
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(CHANNELS_AT_ONCE * sizeof(int))];
+    } ancillary;
+    struct iovec iov = {bytes, sizeof bytes};
+    struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &ancillary};
+    message.msg_controllen = sizeof ancillary.space;
+    ssize_t n = recvmsg(control, &message, MSG_CMSG_CLOEXEC);
+    if (n < 0 && (errno == EINTR || errno == EAGAIN)) return true;
+    if (n <= 0) return false;
+    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
+        if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+        size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t k = 0; k < count; k++) {
+            int fd;
+            pthread_t thread;
+            memcpy(&fd, CMSG_DATA(header) + k * sizeof fd, sizeof fd);
+            if (pthread_create(&thread, NULL, serve_channel, (void *)(intptr_t)fd) == 0)
+                pthread_detach(thread);
+            else
+                close(fd);
+        }
+    }
+    return true;
+}
+
+/* Until the client ends. `client` is its process, -1: not known. */
+static _Noreturn void serve_client(int control, int client, char *module)
+{
+    char go;
+    unsigned major = 0, minor = 0;
+    /* It has a hold of us now, by a descriptor and not by a number. */
+    while (recv(control, &go, 1, 0) < 0 && errno == EINTR) {
+    }
+    const char *error = load(module, &major, &minor);
+    if (!greet(control, error, major, minor)) _exit(1);
+    struct pollfd ends[] = {{.fd = control, .events = POLLIN}, {.fd = client, .events = POLLIN}};
+    for (;;) {
+        if (poll(ends, 2, -1) < 0 && errno != EINTR) break;
+        if (ends[1].revents) break;
+        if (ends[0].revents && !take_channels(control)) break;
+    }
+    _exit(0); /* not exit(): a library that hangs would hold us */
+}
+
+/* ---- started by a member ---- */
+
+/*
+ * The end of the application is told by its end of the socket; should somebody else have a copy of that (a child of a
+ * fork that ran no handlers), by its process.  PR_SET_PDEATHSIG would tell of the thread that started us.
+ */
+static _Noreturn void serve_parent(pid_t parent, char *module)
+{
+    syscall(SYS_close_range, HA_WIRE_FD + 1, ~0U, 0); /* what the application forgot to keep to itself */
+    int client = (int)syscall(SYS_pidfd_open, parent, 0);
+    if (client < 0 && errno == ESRCH) _exit(0);
+    fcntl(HA_WIRE_FD, F_SETFD, FD_CLOEXEC);
+    serve_client(HA_WIRE_FD, client, module);
+}
+
+/* ---- listening ---- */
+
+static void end_listening(int number)
+{
+    (void)number;
+    unlink(listening_at);
+    _exit(0);
+}
+
+static bool is_trusted(int fd)
+{
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && (peer.uid == 0 || peer.uid == geteuid());
+}
+
+static int open_listener(char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path) fail(path, "too long for a socket");
+    memcpy(address.sun_path, path, strlen(path));
+    int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    /* A socket that nobody listens at was left behind. */
+    if (connect(probe, (struct sockaddr *)&address, sizeof address) == 0) fail(path, "another worker listens there");
+    if (errno == ECONNREFUSED) unlink(path);
+    close(probe);
+    umask(0177);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) != 0 || listen(fd, HA_WIRE_LISTEN_BACKLOG) != 0)
+        fail(path, strerror(errno));
+    umask(077);
+    return fd;
+}
+
+static _Noreturn void serve_all(char *path, char *module)
+{
+    int listener = open_listener(path);
+    pid_t server = getpid();
+    listening_at = path;
+    signal(SIGTERM, end_listening);
+    signal(SIGINT, end_listening);
+    signal(SIGCHLD, SIG_IGN); /* the clients' processes end by themselves */
+    for (;;) {
+        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0 && errno != EINTR && errno != ECONNABORTED) usleep(10000); /* no descriptors: some will be free */
+        if (fd < 0) continue;
+        if (is_trusted(fd) && fork() == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != server) _exit(0);
+            signal(SIGTERM, SIG_DFL);
+            signal(SIGINT, SIG_DFL);
+            signal(SIGCHLD, SIG_DFL);
+            close(listener);
+            serve_client(fd, -1, module);
+        }
+        close(fd);
+    }
+}
+
+static _Noreturn void usage(void)
+{
+    fprintf(stderr, "usage: pkcs11-ha-worker --listen PATH MODULE [--init-args TEXT]\n");
+    exit(2);
+}
+
+int main(int argc, char **argv)
+{
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL); /* whoever started us had reasons to block some */
+    signal(SIGPIPE, SIG_IGN);
+    if (argc < 4) usage();
+    if (argc > 4 && (argc != 6 || strcmp(argv[4], "--init-args") != 0)) usage();
+    if (argc == 6) serve_init_args = argv[5];
+    if (strcmp(argv[1], "--parent") == 0) serve_parent((pid_t)atoi(argv[2]), argv[3]);
+    if (strcmp(argv[1], "--listen") != 0) usage();
+    serve_all(argv[2], argv[3]);
+}

@@ -1,0 +1,392 @@
+"""Peers that answer garbage, and clients that ask for it: the other side ends the connection and is none the worse."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from demo.members import SoftToken, Worker
+from pkcs11_ha.runtime import native
+from pkcs11_ha.spec import wire
+from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
+from pkcs11_ha.spec.wire import Item
+from tests.ha.app import until
+from tests.spec import golden
+from tests.worker.processes import processes
+from tests.worker.remote import Arguments, Refused, Remote
+
+FRAME = struct.Struct("=IIQ")
+ANSWERING = (Item.ROOM, Item.FILL, Item.RESULT, Item.LIST, Item.FOUND, Item.MECHANISM, Item.ANSWERS)
+NAMES = [row.name for row in wire.CARRIED]
+
+Answer = Callable[[bytes], bytes]
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f"={len(values)}Q", *values)
+
+
+def frame(request: bytes, payload: bytes, row: int = 0, turn: int = 0, size: int | None = None) -> bytes:
+    its_row, its_turn, _ = FRAME.unpack(request[: FRAME.size])
+    return FRAME.pack(its_row + row, its_turn + turn, len(payload) if size is None else size) + payload
+
+
+def noise(request: bytes) -> bytes:
+    return frame(request, words(0) + random.Random(len(request)).randbytes(64))
+
+
+# What no worker says, whatever was asked.
+LIES: dict[str, Answer] = {
+    "nothing": lambda _request: b"",
+    "half a frame": lambda request: request[:7],
+    "a frame alone": lambda request: frame(request, b"", size=64),
+    "no return value": lambda request: frame(request, b""),
+    "half a word": lambda request: frame(request, b"\0" * 9),
+    "another row": lambda request: frame(request, words(0), row=1),
+    "another turn": lambda request: frame(request, words(0), turn=1),
+    "too much": lambda request: frame(request, words(0) + bytes(1 << 20)),
+    "more than there is": lambda request: frame(request, words(0), size=1 << 62),
+    "a size that wraps": lambda request: frame(request, words(0), size=2**64 - 8),
+    "an error with a tail": lambda request: frame(request, words(0x30) + words(*[7] * 9)),
+    "an error with words too many": lambda request: frame(request, words(0x30, *[0] * 8)),
+    "ones": lambda request: frame(request, words(0) + b"\xff" * 256),
+    "noise": noise,
+    "a sender that does not stop": lambda request: frame(request, words(0)) + bytes(4 << 20),
+}
+# What a worker says where nothing is to be answered but the code.
+SHORT: dict[str, Answer] = {
+    "the code alone": lambda request: frame(request, words(0)),
+    "a word": lambda request: frame(request, words(0, 0)),
+    "no bytes where some were asked for": lambda request: frame(request, words(0, 0, 0)),
+    "a length, and no bytes": lambda request: frame(request, words(0, 0, 0, 0)),
+    "too few bytes": lambda request: frame(request, words(0, 1, 16, 0, 0)),
+    "lengths beyond the buffers": lambda request: frame(request, words(0, *[1, 41] * 4) + bytes(48)),
+    "small lengths and large ones": lambda request: frame(request, words(0, 8, 1, 2**63) + bytes(8)),
+    "a length that wraps": lambda request: frame(request, words(0, 2**64 - 1, 1, 2**64 - 1)),
+    "a length that is not that of the bytes": lambda request: frame(request, words(0, 7, 1, 8) + bytes(8)),
+}
+
+
+class Peer:
+    """A server that greets like a worker and then says what it is told to."""
+
+    def __init__(self, path: Path, hello: bytes) -> None:
+        self.path, self.hello = path, hello
+        self.answer: Answer = lambda _request: b""
+        self.requests: list[bytes] = []
+        self.hangs_up = False
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                control, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(control,), daemon=True).start()
+
+    def _serve(self, control: socket.socket) -> None:
+        with closing(control), suppress(OSError):
+            control.recv(1)
+            control.sendall(self.hello)
+            while not self.hangs_up:
+                data, fds, _, _ = socket.recv_fds(control, 1, 8)
+                if not data:
+                    return
+                for fd in fds:
+                    threading.Thread(target=self._talk, args=(socket.socket(fileno=fd),), daemon=True).start()
+
+    def _talk(self, channel: socket.socket) -> None:
+        with closing(channel), suppress(OSError):
+            while head := channel.recv(FRAME.size, socket.MSG_WAITALL):
+                size = FRAME.unpack(head)[2]
+                request = head + (channel.recv(size, socket.MSG_WAITALL) if size else b"")
+                self.requests.append(request)
+                answer = self.answer(request)
+                channel.sendall(answer)
+                if (
+                    len(answer) < FRAME.size
+                    or len(answer) - FRAME.size < FRAME.unpack(answer[: FRAME.size])[2]
+                ):
+                    return
+
+
+def hello_of(path: Path) -> bytes:
+    """What a worker says first, with all functions said to be there."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        connection.sendall(b"g")
+        head = connection.recv(FRAME.size, socket.MSG_WAITALL)
+        functions, _, size = FRAME.unpack(head)
+        body = connection.recv(size, socket.MSG_WAITALL)
+    padded = (len(FUNCTIONS) + 7) // 8 * 8
+    assert functions == len(FUNCTIONS)
+    return head + body[:-padded] + b"\1" * len(FUNCTIONS) + bytes(padded - len(FUNCTIONS))
+
+
+@pytest.fixture
+def worker(tokens: tuple[SoftToken, SoftToken]) -> Iterator[Worker]:
+    with Worker(tokens[0]) as running:
+        yield running
+
+
+@pytest.fixture
+def peer(worker: Worker, directory: Path) -> Iterator[Peer]:
+    made = Peer(directory / "peer.sock", hello_of(worker.socket))
+    with closing(made.listener):
+        yield made
+
+
+def answers_something(name: str) -> bool:
+    row = next(row for row in wire.CARRIED if row.name == name)
+    return any(carried.item in ANSWERING for carried in wire.items(row, golden.prototypes()[name]))
+
+
+@pytest.mark.parametrize("lie", [*LIES, *SHORT])
+def test_lies_are_found_out(peer: Peer, remote: Remote, lie: str) -> None:
+    """For every function there is; and nothing is written that the caller has no room for."""
+    peer.answer = (LIES | SHORT)[lie]
+    for name in NAMES:
+        remote.connect(peer.path)
+        arguments = Arguments(name)
+        said = remote.call(name, *arguments.given)
+        arguments.check_guards()
+        if lie == "the code alone" and not answers_something(name):
+            assert said == "CKR_OK", name
+        else:
+            assert (said, remote.alive) == ("CKR_DEVICE_ERROR", False), name
+            assert remote.call(name, *arguments.given) == "CKR_DEVICE_ERROR", name
+    assert len({FRAME.unpack(request[: FRAME.size])[0] for request in peer.requests}) == len(NAMES)
+
+
+def test_any_answer_at_all(peer: Peer, remote: Remote) -> None:
+    """Answers that are nearly right: words that look like lengths and kinds, in any order."""
+    dice = random.Random(7)
+    likely = [0, 0, 0, 1, 1, 2, 3, 8, 12, 20, 39, 40, 41, 48, 56, 2**32, 2**63, 2**64 - 1, 2**64 - 8]
+
+    def guess(request: bytes) -> bytes:
+        count = dice.randrange(24)
+        return frame(request, words(dice.choice([0, 0, 0, 0x12, 0x150]), *dice.choices(likely, k=count)))
+
+    peer.answer = guess
+    for name in NAMES * 3:
+        remote.connect(peer.path)
+        arguments = Arguments(name)
+        remote.call(name, *arguments.given)
+        arguments.check_guards()
+
+
+@pytest.mark.parametrize(
+    ("hello", "says"),
+    [
+        (b"", "the worker ended before it answered"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n" * 20, "what answers is no worker"),
+        (FRAME.pack(104, 0, 1 << 40), "what answers is no worker"),
+        (FRAME.pack(3, 0, 8) + words(0), "what answers is no worker"),
+        (FRAME.pack(104, 0, 32) + words(1, 14) + b"1-000000000000\0\0", "the worker is of another version"),
+    ],
+)
+def test_what_greets_otherwise_is_no_worker(peer: Peer, remote: Remote, hello: bytes, says: str) -> None:
+    peer.hello = hello
+    if not hello:
+        peer.hangs_up = True
+    with pytest.raises(Refused, match=says):
+        remote.connect(peer.path)
+    assert not remote.alive
+
+
+def test_who_does_not_greet_is_not_waited_for_long(peer: Peer, remote: Remote) -> None:
+    peer.hello = b""
+    began = time.monotonic()
+    with pytest.raises(Refused, match="the worker does not answer"):
+        remote.connect(peer.path, patience_ms=300)
+    assert 0.25 < time.monotonic() - began < 2
+
+
+def test_late_answer_is_none(peer: Peer, remote: Remote) -> None:
+    """Where keys are made, late is ten times as late."""
+
+    def later(request: bytes) -> bytes:
+        time.sleep(0.6)
+        made = words(1, 8, 42) if FRAME.unpack(request[: FRAME.size])[0] == INDEX["C_GenerateKey"] else b""
+        return frame(request, words(0) + made)
+
+    peer.answer = later
+    remote.connect(peer.path, timeout_ms=200)
+    key = native.ffi.new("CK_OBJECT_HANDLE *")
+    null = native.ffi.NULL
+    assert (remote.call("C_GenerateKey", 1, null, null, 0, key), key[0]) == ("CKR_OK", 42)
+    began = time.monotonic()
+    assert remote.call("C_CloseSession", 1) == "CKR_DEVICE_ERROR"
+    assert time.monotonic() - began < 0.5
+    assert not remote.alive
+
+
+def test_worker_that_hangs_up_raises_no_signal(peer: Peer, remote: Remote) -> None:
+    """Its control socket is gone when a channel is wanted."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGPIPE, lambda number, _frame: heard.append(number))
+    try:
+        peer.hangs_up = True
+        remote.connect(peer.path)
+        time.sleep(0.1)
+        assert remote.call("C_CloseSession", 1) == "CKR_DEVICE_ERROR"
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert heard == []
+
+
+# ---- clients
+
+
+class Client:
+    """A client that sends what it likes."""
+
+    def __init__(self, path: Path) -> None:
+        self.control = socket.socket(socket.AF_UNIX)
+        self.control.connect(str(path))
+        self.control.sendall(b"g")
+        head = self.control.recv(FRAME.size, socket.MSG_WAITALL)
+        self.control.recv(FRAME.unpack(head)[2], socket.MSG_WAITALL)
+
+    def say(self, request: bytes) -> bytes:
+        """The answer; empty if the worker hangs up."""
+        channel, theirs = socket.socketpair()
+        with channel, suppress(OSError):
+            with theirs:
+                socket.send_fds(self.control, [b"c"], [theirs.fileno()])
+            channel.settimeout(20)
+            channel.sendall(request)
+            channel.shutdown(socket.SHUT_WR)
+            answer = b""
+            while piece := channel.recv(1 << 16):
+                answer += piece
+            return answer
+        return b""
+
+    def is_alive(self) -> bool:
+        """Whether its process answers: C_GetInfo, with its result asked for."""
+        return len(self.say(FRAME.pack(2, 1, 8) + words(1))) > FRAME.size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.control.close()
+
+
+def requests(peer: Peer, remote: Remote) -> dict[str, bytes]:
+    """What the stubs say, by function."""
+    said = {}
+    for name in NAMES:
+        remote.connect(peer.path)
+        arguments = Arguments(name)
+        peer.requests.clear()
+        remote.call(name, *arguments.given)
+        said[name] = peer.requests[-1]
+    return said
+
+
+def test_worker_is_none_the_worse_for_a_hostile_client(peer: Peer, remote: Remote, worker: Worker) -> None:
+    """Requests cut short, with words changed: it hangs up or answers, and never falls."""
+    said = requests(peer, remote)
+    with Client(worker.socket) as client:
+        client.say(said["C_Initialize"])
+        pester(client, said)
+        for row in (2**32 - 1, *range(len(FUNCTIONS), len(FUNCTIONS) + 8)):
+            assert client.say(FRAME.pack(row, 1, 8) + words(1)) == b""
+        assert client.say(FRAME.pack(2, 1, 1 << 50)) == b""
+        assert client.is_alive()
+
+
+def pester(client: Client, said: dict[str, bytes]) -> None:
+    dice = random.Random(11)
+    likely = [0, 1, 2, 3, 7, 40, 2**31, 2**32, 2**63, 2**64 - 1, 2**64 - 8, 0x40000211, 0x1087]
+    for name, request in said.items():
+        if name in ("C_Finalize", "C_InitToken"):
+            continue
+        head, body = request[: FRAME.size], bytearray(request[FRAME.size :])
+        client.say(request)
+        for _ in range(12):
+            changed = bytearray(body)
+            for _ in range(dice.randrange(1, 4)):
+                if changed:
+                    struct.pack_into(
+                        "=Q", changed, dice.randrange(len(changed) // 8) * 8, dice.choice(likely)
+                    )
+            if dice.random() < 0.2:
+                changed = changed[: dice.randrange(len(changed) + 1)]
+            row, turn, _ = FRAME.unpack(head)
+            client.say(FRAME.pack(row, turn, len(changed)) + bytes(changed))
+        assert client.is_alive(), name
+
+
+TEXT = 0x3  # CKA_LABEL
+TEMPLATE = 0x40000211  # CKA_WRAP_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("name", "request_words"),
+    [
+        ("C_SeedRandom", (1, 1, 9, 0)),
+        ("C_SeedRandom", (1, 1, 2**64 - 1)),
+        ("C_SeedRandom", (1, 1, 2**64 - 8, 0)),
+        ("C_SeedRandom", (1, 3, 8, 0)),
+        ("C_SeedRandom", (1, 1, 8, 0, 0)),
+        ("C_SeedRandom", (1,)),
+        ("C_GenerateRandom", (1, 1, 1 << 40)),
+        ("C_DigestFinal", (1, 1, 1, 2**64 - 1)),
+        ("C_FindObjects", (1, 1, 2**61 + 1)),
+        ("C_FindObjectsInit", (1, 1, 2**60)),
+        ("C_FindObjectsInit", (1, 1, 1, TEXT, 2, 24, 1, 1, TEXT, 1, 0)),
+        ("C_FindObjectsInit", (1, 1, 1, TEMPLATE, 1, 24, TEXT, 0, 8)),
+        ("C_FindObjectsInit", (1, 1, 1, TEMPLATE, 2, 48, 1, 1, TEXT, 1, 0)),
+        ("C_FindObjectsInit", (1, 1, 1, *[TEMPLATE, 2, 24, 1, 1] * 9, TEXT, 1, 0)),
+        ("C_GetAttributeValue", (1, 1, 1, 1, TEMPLATE, 1, 24)),
+        ("C_GetAttributeValue", (1, 1, 1, 1, TEXT, 1, 1 << 40)),
+        ("C_DigestInit", (1, 1, 0x1087, 1, 48, *[0] * 6)),
+        ("C_DigestInit", (1, 1, 0x1087, 2, 1, 40, *[0] * 5)),
+        ("C_DigestInit", (1, 1, 0x220, 2, 1, 8, 0)),
+        ("C_DigestInit", (1, 1, 0x80000001, 1, 8, 0)),
+        ("C_Initialize", (2, 1, 8, 2**64 - 1)),
+        ("C_InitToken", (0, 1, 8, 0, 1, 8, 0)),
+    ],
+)
+def test_request_that_is_not_well_formed_is_not_carried_out(
+    worker: Worker, name: str, request_words: tuple[int, ...]
+) -> None:
+    """The library never hears of it."""
+    with Client(worker.socket) as client:
+        payload = words(*request_words)
+        assert client.say(FRAME.pack(INDEX[name], 1, len(payload)) + payload) == b""
+        assert client.is_alive()
+
+
+def test_clients_have_logins_of_their_own(worker: Worker, tokens: tuple[SoftToken, SoftToken]) -> None:
+    """A process each: what one does to the library, another does not see."""
+    initialise = words(2, 0, 0)
+    request = FRAME.pack(0, 1, len(initialise)) + initialise
+    with Client(worker.socket) as second:
+        with Client(worker.socket) as first:
+            assert first.say(request)[FRAME.size :] == words(0)
+            code = second.say(FRAME.pack(2, 1, 8) + words(1))[FRAME.size : FRAME.size + 8]
+            assert code == words(0x190)  # CKR_CRYPTOKI_NOT_INITIALIZED
+        until(
+            lambda: len(processes(str(tokens[0].conf))) == 2, "the process of the one that has gone is gone"
+        )
+        assert second.is_alive()
+
+
+def test_socket_is_for_its_owner_alone(worker: Worker) -> None:
+    assert worker.socket.stat().st_mode & 0o777 == 0o600

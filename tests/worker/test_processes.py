@@ -1,0 +1,227 @@
+"""A worker is nobody's business but ours: no child of the application, and gone when the application is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from demo.members import SoftToken, Worker
+from tests.conftest import GroupFactory
+from tests.ha.app import until
+from tests.ha.program import Program
+from tests.worker.processes import children, processes, started_by, state
+
+Tokens = tuple[SoftToken, SoftToken]
+
+BUSY = """
+import os, signal, subprocess
+session = module.open(0)
+session.login("123456")
+len(session.random(8))
+"""
+
+
+def gone(*pids: int) -> bool:
+    return all(state(pid) in ("", "Z") for pid in pids)
+
+
+def test_application_has_no_child(tokens: Tokens, group: GroupFactory, module: Path) -> None:
+    """Neither does waitpid(-1) find one, nor does SIGCHLD come, not while a worker is started nor when it dies."""
+    group(*(token.member(host="worker") for token in tokens), recovery={"interval_s": 0.05})
+    program = Program(
+        module,
+        f"""
+        {BUSY.strip().replace(chr(10), chr(10) + "        ")}
+        def waited():
+            try:
+                return os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return "no child"
+        timed("before", waited)
+        heard = []
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for _ in range(20):
+            session.random(8)
+            time.sleep(0.02)
+        timed("after", waited)
+        timed("heard", lambda: len(heard))
+        """,
+    )
+    program.wait_for("ready")
+    application = program.process.pid
+    workers = started_by(application)
+    assert len(workers) == 2
+    assert children(application) == []
+    os.kill(workers[0], signal.SIGKILL)
+    program.go_on()
+    _, answers = program.end()
+    assert (answers["before"], answers["after"], answers["heard"]) == ("no child", "no child", 0)
+    assert answers["C_Finalize"] is None
+    until(lambda: processes(str(tokens[0].directory.parent)) == [], "all are gone")
+
+
+def test_nobody_is_left_when_the_application_is_killed(
+    tokens: Tokens, group: GroupFactory, module: Path
+) -> None:
+    group(*(token.member(host="worker") for token in tokens))
+    program = Program(module, BUSY + "print('ready', flush=True)\nsys.stdin.readline()\n")
+    program.wait_for("ready")
+    workers = started_by(program.process.pid)
+    os.kill(workers[0], signal.SIGSTOP)  # one that cannot see it yet
+    program.process.kill()
+    program.process.communicate()
+    until(lambda: gone(workers[1]), "its worker is gone")
+    os.kill(workers[0], signal.SIGCONT)
+    until(lambda: gone(*workers), "its workers are gone")
+
+
+def test_child_of_a_fork_that_lives_on_does_not_keep_the_worker(
+    tokens: Tokens, group: GroupFactory, module: Path
+) -> None:
+    """By a fork that runs no handlers, so that the child has a copy of every descriptor."""
+    group(tokens[0].member(host="worker"))
+    program = Program(
+        module,
+        BUSY
+        + """
+import ctypes
+libc = ctypes.CDLL(None)
+pid = libc.syscall(57)
+if pid == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(pid, flush=True)
+sys.stdin.readline()
+""",
+    )
+    assert program.process.stdout
+    child = int(program.process.stdout.readline())
+    try:
+        workers = started_by(program.process.pid)
+        assert len(workers) == 1
+        program.process.kill()
+        program.process.communicate()
+        until(lambda: gone(*workers), "its worker is gone")
+        assert state(child) not in ("", "Z")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_child_of_a_fork_has_workers_of_its_own(tokens: Tokens, group: GroupFactory, module: Path) -> None:
+    group(*(token.member(host="worker") for token in tokens))
+    program = Program(
+        module,
+        BUSY
+        + """
+def sockets():
+    return sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+               for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+assert sockets() >= 4
+pid = os.fork()
+if pid == 0:
+    left = sockets()
+    rv = module.rv("C_GetInfo", None)
+    module.initialize()
+    other = module.open(0)
+    other.login("123456")
+    works = len(other.random(8)) == 8
+    module.finalize()
+    os._exit(0 if (left == 0 and rv == 0x190 and works) else 1)
+timed("child", lambda: os.waitpid(pid, 0)[1])
+timed("parent", lambda: len(session.random(8)))
+timed("exec", lambda: subprocess.run(["/bin/sh", "-c", "ls -l /proc/self/fd"], capture_output=True, text=True).stdout)
+timed("again", lambda: len(session.random(8)))
+""",
+    )
+    _, answers = program.end()
+    assert (answers["child"], answers["parent"], answers["again"]) == (0, 8, 8)
+    assert "socket:" not in str(answers["exec"])
+    until(lambda: processes(str(tokens[0].directory.parent)) == [], "all are gone")
+
+
+def test_application_that_becomes_another_program_takes_its_workers_along(
+    tokens: Tokens, group: GroupFactory, module: Path
+) -> None:
+    group(tokens[0].member(host="worker"))
+    program = Program(
+        module,
+        BUSY + "print('ready', flush=True)\nsys.stdin.readline()\nos.execv('/bin/sleep', ['sleep', '60'])\n",
+    )
+    program.wait_for("ready")
+    workers = started_by(program.process.pid)
+    assert len(workers) == 1
+    program.go_on()
+    try:
+        until(lambda: gone(*workers), "its worker is gone")
+        assert program.process.poll() is None
+    finally:
+        program.process.kill()
+        program.process.communicate()
+
+
+def test_worker_has_its_own_descriptors_and_terminal(
+    tokens: Tokens, group: GroupFactory, module: Path
+) -> None:
+    """Also where the application left some open for its children, and Ctrl-C is not for the worker."""
+    group(tokens[0].member(host="worker"))
+    program = Program(
+        module,
+        """
+        import os
+        module.finalize()
+        for end in os.pipe():
+            os.set_inheritable(end, True)
+        module.initialize()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        """,
+    )
+    program.wait_for("ready")
+    (worker,) = started_by(program.process.pid)
+    links = {int(path.name): str(path.readlink()) for path in Path(f"/proc/{worker}/fd").iterdir()}
+    assert (links[0], links[1]) == ("/dev/null", "/dev/null")
+    assert links[3].startswith("socket:")
+    assert [link for fd, link in links.items() if fd > 2 and link.startswith("pipe:")] == []
+    assert os.getsid(worker) == worker
+    program.go_on()
+    program.end()
+
+
+def test_member_env_is_the_workers_alone(tokens: Tokens, group: GroupFactory, module: Path) -> None:
+    group(*(token.member(host="worker") for token in tokens))
+    program = Program(
+        module, BUSY + "timed('env', lambda: 'SOFTHSM2_CONF' in open('/proc/self/environ').read())\n"
+    )
+    _, answers = program.end()
+    assert answers["env"] is False
+
+
+def listen(token: SoftToken, path: Path) -> subprocess.Popen[str]:
+    """As it is: the demo's Worker would remove a socket first."""
+    command = Worker(token, path).command()
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | token.env)
+
+
+def test_socket_that_was_left_behind_is_taken_over(tokens: Tokens, directory: Path) -> None:
+    path = directory / "hsm.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with listen(tokens[0], path) as first:
+        until(Worker(tokens[0], path).answers, "it listens")
+        with listen(tokens[1], path) as second:
+            assert (
+                second.communicate(timeout=10)[1]
+                == f"pkcs11-ha-worker: {path}: another worker listens there\n"
+            )
+            assert second.returncode == 1
+        assert Worker(tokens[0], path).answers()
+        first.terminate()
+        assert first.wait(timeout=10) == 0
+    assert not path.exists()
