@@ -55,8 +55,10 @@ static ha_secret *read_first_line(char *path, size_t step, char *error, size_t e
     while (got > 0 && end == size && size < MAX_SECRET) {
         size_t room = MAX_SECRET - size;
         got = read(fd, secret->bytes + size, step < room ? step : room);
-        if (got < 0 && errno == EINTR) got = 1;
-        else if (got > 0) size += (size_t)got;
+        if (got < 0 && errno == EINTR)
+            got = 1;
+        else if (got > 0)
+            size += (size_t)got;
         while (end < size && !is_end_of_line(secret->bytes[end])) end++;
     }
     if (got < 0) snprintf(error, error_size, "%s: %s", path, strerror(errno));

@@ -527,8 +527,6 @@ def test_check_values() -> None:
 
 
 def test_lengths() -> None:
-    assert secret(VALUE_LEN=ulong(32)).value_len == 32
-    assert secret(ck.CKK_DES3, VALUE_LEN=ulong(0)).value_len is None
     assert compare(secret(VALUE_LEN=ulong(32)), secret(VALUE_LEN=ulong(16))) is Match.DIFFERENT
     assert compare(secret(VALUE_LEN=ulong(32)), secret()) is Match.UNPROVEN
 

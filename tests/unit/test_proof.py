@@ -56,7 +56,6 @@ def plan(
     key_type: int,
     *,
     ec_params: bytes | None = None,
-    value_len: int | None = None,
     mechanisms: frozenset[int] = ALL,
     usage: frozenset[int] = BOTH_WAYS,
 ) -> Proof | None:
@@ -64,7 +63,6 @@ def plan(
         object_class,
         key_type,
         ec_params=ec_params,
-        value_len=value_len,
         mechanisms=mechanisms,
         usage=usage,
     )
@@ -201,14 +199,12 @@ P256 = bytes.fromhex(CURVES["secp256r1"][1])
         (ck.CKO_SECRET_KEY, ck.CKK_DES3, {}, (Operation.ENCRYPT, ck.CKM_DES3_ECB)),
         (ck.CKO_SECRET_KEY, ck.CKK_DES2, {}, (Operation.ENCRYPT, ck.CKM_DES3_ECB)),
         (ck.CKO_SECRET_KEY, ck.CKK_DES3, {"usage": frozenset({ck.CKA_SIGN})}, None),
-        (ck.CKO_SECRET_KEY, ck.CKK_GENERIC_SECRET, {"value_len": 32}, (Operation.SIGN, ck.CKM_SHA256_HMAC)),
-        (ck.CKO_SECRET_KEY, ck.CKK_SHA512_HMAC, {"value_len": 64}, (Operation.SIGN, ck.CKM_SHA512_HMAC)),
-        (ck.CKO_SECRET_KEY, ck.CKK_SHA_1_HMAC, {"value_len": 20}, (Operation.SIGN, ck.CKM_SHA_1_HMAC)),
-        (ck.CKO_SECRET_KEY, ck.CKK_GENERIC_SECRET, {}, None),
-        (ck.CKO_SECRET_KEY, ck.CKK_SHA512_HMAC, {}, None),
-        (ck.CKO_SECRET_KEY, ck.CKK_CHACHA20, {"value_len": 32}, None),
-        (ck.CKO_OTP_KEY, ck.CKK_HOTP, {"value_len": 20}, None),
-        (ck.CKO_OTP_KEY, ck.CKK_GENERIC_SECRET, {"value_len": 20}, None),
+        (ck.CKO_SECRET_KEY, ck.CKK_GENERIC_SECRET, {}, (Operation.SIGN, ck.CKM_SHA256_HMAC)),
+        (ck.CKO_SECRET_KEY, ck.CKK_SHA512_HMAC, {}, (Operation.SIGN, ck.CKM_SHA512_HMAC)),
+        (ck.CKO_SECRET_KEY, ck.CKK_SHA_1_HMAC, {}, (Operation.SIGN, ck.CKM_SHA_1_HMAC)),
+        (ck.CKO_SECRET_KEY, ck.CKK_CHACHA20, {}, None),
+        (ck.CKO_OTP_KEY, ck.CKK_HOTP, {}, None),
+        (ck.CKO_OTP_KEY, ck.CKK_GENERIC_SECRET, {}, None),
         (ck.CKO_PRIVATE_KEY, ck.CKK_RSA, {}, (Operation.SIGN, ck.CKM_RSA_PKCS)),
         (ck.CKO_PRIVATE_KEY, ck.CKK_RSA, {"usage": frozenset({ck.CKA_ENCRYPT})}, None),
         (ck.CKO_PRIVATE_KEY, ck.CKK_RSA, {"usage": BOTH_WAYS | {ck.CKA_ALWAYS_AUTHENTICATE}}, None),
@@ -251,9 +247,7 @@ def every_plan() -> Iterator[Proof]:
         for usage in (ck.CKA_SIGN, ck.CKA_ENCRYPT):
             for object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY):
                 for params in (*(bytes.fromhex(c[1]) for c in CURVES.values()), *curves.BYTES_OF_KEY):
-                    found = plan(
-                        object_class, key_type, ec_params=params, value_len=32, usage=frozenset({usage})
-                    )
+                    found = plan(object_class, key_type, ec_params=params, usage=frozenset({usage}))
                     if found:
                         yield found
 
@@ -356,27 +350,27 @@ KEYS: dict[str, tuple[Proof | None, Callable[[], Member]]] = {
     "AES CMAC": (plan(ck.CKO_SECRET_KEY, ck.CKK_AES, usage=SIGN_ONLY), lambda: aes(token_bytes(16))),
     "DES3": (plan(ck.CKO_SECRET_KEY, ck.CKK_DES3), lambda: des3(token_bytes(24))),
     "HMAC SHA-1": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA_1_HMAC, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA_1_HMAC),
         lambda: hmac(token_bytes(20), hashes.SHA1()),
     ),
     "HMAC SHA-224": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA224_HMAC, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA224_HMAC),
         lambda: hmac(token_bytes(20), hashes.SHA224()),
     ),
     "generic": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_GENERIC_SECRET, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_GENERIC_SECRET),
         lambda: hmac(token_bytes(20), hashes.SHA256()),
     ),
     "HMAC SHA-256": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA256_HMAC, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA256_HMAC),
         lambda: hmac(token_bytes(20), hashes.SHA256()),
     ),
     "HMAC SHA-384": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA384_HMAC, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA384_HMAC),
         lambda: hmac(token_bytes(20), hashes.SHA384()),
     ),
     "HMAC SHA-512": (
-        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA512_HMAC, value_len=20),
+        plan(ck.CKO_SECRET_KEY, ck.CKK_SHA512_HMAC),
         lambda: hmac(token_bytes(20), hashes.SHA512()),
     ),
     "RSA": (plan(ck.CKO_PRIVATE_KEY, ck.CKK_RSA), lambda: rsa_pkcs(rsa.generate_private_key(65537, 1024))),

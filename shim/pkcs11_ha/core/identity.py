@@ -129,11 +129,6 @@ class Identity:
         return dict(self.hints).get(ck.CKA_EC_PARAMS)
 
     @property
-    def value_len(self) -> int | None:
-        """CKA_VALUE_LEN of a secret key, in bytes."""
-        return _ulong(dict(self.hints), ck.CKA_VALUE_LEN)
-
-    @property
     def is_known(self) -> bool:
         """Whether the member told its class, and of a key the type. What is not known matches nothing."""
         return self.name.object_class is not None and (self.name.type is not None or self.kind not in _KEYS)

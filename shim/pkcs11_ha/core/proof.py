@@ -80,13 +80,12 @@ def plan_proof(
     key_type: int | None,
     *,
     ec_params: bytes | None,
-    value_len: int | None,
     mechanisms: frozenset[int],
     usage: frozenset[int],
 ) -> Proof | None:
     """How two members can prove that they hold the same key; None where they cannot: the key stays pinned.
 
-    `ec_params` (any spelling) and `value_len` (bytes) are what both members show, `mechanisms` what both
+    `ec_params` (any spelling) is what both members show, `mechanisms` what both
     tokens offer and both keys allow, `usage` comes from `shared_usage`.
 
     None for what is not secret (attributes are all there is to it), for keys whose use is random or used up
@@ -96,7 +95,7 @@ def plan_proof(
     if ck.CKA_ALWAYS_AUTHENTICATE in usage:
         return None
     if object_class == ck.CKO_SECRET_KEY:
-        proofs = _secret_proofs(key_type, value_len)
+        proofs = _secret_proofs(key_type)
     elif object_class == ck.CKO_PRIVATE_KEY:
         proofs = _private_proofs(key_type, ec_params or b"")
     else:
@@ -104,7 +103,7 @@ def plan_proof(
     return next((p for p in proofs if p.operation.value in usage and p.mechanism in mechanisms), None)
 
 
-def _secret_proofs(key_type: int | None, value_len: int | None) -> list[Proof]:
+def _secret_proofs(key_type: int | None) -> list[Proof]:
     """The best first. Different keys agree on 32 bytes of output once in 2²⁵⁶."""
     if key_type == ck.CKK_AES:
         return [
@@ -114,9 +113,10 @@ def _secret_proofs(key_type: int | None, value_len: int | None) -> list[Proof]:
     if key_type in (ck.CKK_DES2, ck.CKK_DES3):
         # Each input is two blocks. Keys that differ in parity bits alone are the same key (FIPS 46-3).
         return [Proof(Operation.ENCRYPT, ck.CKM_DES3_ECB, b"", _BLOCKS, 16)]
-    if key_type in _HMACS and value_len:
-        # HMAC fills a short key with zeros and hashes a long one (RFC 2104, section 2): it tells apart only
-        # keys of one length.
+    if key_type in _HMACS:
+        # HMAC fills a short key with zeros (RFC 2104, section 2): keys that differ in zeros at their end alone make
+        # the same. Where both members tell their lengths, these are compared before; SoftHSM does not tell that of a
+        # key it has unwrapped, and for HMAC such keys are one.
         mechanism, length = _HMACS[key_type]
         return [Proof(Operation.SIGN, mechanism, b"", _TEXTS, length)]
     return []

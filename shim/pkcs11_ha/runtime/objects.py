@@ -546,7 +546,6 @@ class ObjectMap:
             identity.name.object_class,
             identity.name.type,
             ec_params=identity.ec_params,
-            value_len=identity.value_len,
             mechanisms=frozenset(self.members[one].mechanisms) & frozenset(self.members[other].mechanisms),
             usage=shared_usage(self._usage(one, own), self._usage(other, handle)),
         )
