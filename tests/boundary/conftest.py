@@ -200,7 +200,12 @@ def relocated(module: Path) -> Iterator[Installation]:
             ],
             check=True,
         )
-        objects = [each for each in sorted(generated.glob("*.o")) if each.name != "python.o"]
+        others = {
+            "python",
+            "serve.gen",
+            *(path.stem for path in build.WORKER.glob("*.c")),
+        }  # the worker's own
+        objects = [each for each in sorted(generated.glob("*.o")) if each.stem not in others]
         sanitize = SANITIZERS.get(module.parent.name, "")
         build.link(root / "gen", [*objects, target], installation.library, sanitize)
         yield installation
