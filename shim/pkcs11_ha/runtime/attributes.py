@@ -17,6 +17,8 @@ from pkcs11_ha.runtime.native import CkError
 _GUESS = 1024  # bytes for an attribute before its length is known: enough for all but those of _LONG
 _LAST = (ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE)
 _SAID_MAX = 1 << 20
+# Beside an attribute that an object has not, NSS does not give these (CK_ULONG) either, though it has them.
+_NUMBERS = (ck.CKA_CLASS, ck.CKA_KEY_TYPE, ck.CKA_CERTIFICATE_TYPE, ck.CKA_VALUE_LEN)
 _LONG = (ck.CKA_VALUE, ck.CKA_SUBJECT, ck.CKA_ISSUER, ck.CKA_URL, ck.CKA_ATTR_TYPES)
 
 # A value that cannot be read is no failure of the others (PKCS#11 5.7.5).
@@ -25,6 +27,14 @@ _PARTIAL = (ck.CKR_OK, ck.CKR_ATTRIBUTE_SENSITIVE, ck.CKR_ATTRIBUTE_TYPE_INVALID
 
 def read(member: Member, session: int, object_: int, types: Sequence[int]) -> dict[int, bytes]:
     """CKA number -> value, of those the member gives; raises CkError if it gives none at all."""
+    values = _read(member, session, object_, types)
+    for number in _NUMBERS if len(types) > 1 else ():
+        if number in types and number not in values:
+            values |= _read(member, session, object_, (number,))
+    return values
+
+
+def _read(member: Member, session: int, object_: int, types: Sequence[int]) -> dict[int, bytes]:
     values: dict[int, bytes] = {}
     wanted = [(number, _GUESS) for number in types]
     for _ in range(2):
