@@ -18,6 +18,11 @@ RESERVED = b"pkcs11-ha "
 """How the CKA_ID, CKA_LABEL or CKA_APPLICATION of what the group keeps for itself begins: applications neither see
 nor make such objects."""
 
+USAGE = (
+    *(ck.CKA_ENCRYPT, ck.CKA_DECRYPT, ck.CKA_SIGN, ck.CKA_SIGN_RECOVER, ck.CKA_VERIFY, ck.CKA_VERIFY_RECOVER),
+    *(ck.CKA_WRAP, ck.CKA_UNWRAP, ck.CKA_DERIVE),
+)
+"""What a key may be used for."""
 _STORAGE = (ck.CKA_PRIVATE, ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE, ck.CKA_LABEL)
 _KEY = (
     ck.CKA_KEY_TYPE,

@@ -9,6 +9,7 @@ from pkcs11_ha.core import wrapping
 from pkcs11_ha.core.ledger import Entry, Wrapped
 from pkcs11_ha.core.template import (
     FALSE,
+    USAGE,
     Nested,
     Template,
     contradictions,
@@ -70,7 +71,30 @@ class Copying:
                 raise Refused(member, ck.CKR_UNWRAPPING_KEY_HANDLE_INVALID, "C_UnwrapKey")
             wanted |= wrapping.extras(member.profile, entry.name.type, point)
             spelling = mechanism(key.spellings[entry.wrapped.form])
-            return unwrap(member, spelling, key.handle, entry.wrapped.blob, wanted)
+            made = unwrap(member, spelling, key.handle, entry.wrapped.blob, wanted)
+            self._restrict(member, made, wanted)
+            return made
+
+    def _restrict(self, member: Member, handle: int, wanted: Template) -> None:
+        """NSS permits a private key it has unwrapped what was not asked for; it takes that back when told.
+
+        Raises MemberFault, Refused where it does not, and then the key is gone again.
+        """
+        usage = [number for number in USAGE if wanted.get(number) == FALSE]
+        shown = attributes.read(member, member.session, handle, usage) if usage else {}
+        beyond = {number: FALSE for number, value in shown.items() if any(value)}
+        if beyond:
+            try:
+                filled = Filled(beyond)
+                do(member, "C_SetAttributeValue", member.session, handle, filled.array, filled.count)
+                shown = attributes.read(member, member.session, handle, list(beyond))
+                if any(any(value) for value in shown.values()):
+                    raise Refused(
+                        member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that permits more; C_UnwrapKey"
+                    )
+            except Refused:
+                destroy(member, handle)
+                raise
 
     def keeps(self, member: Member, wrapped: Wrapped) -> bool:
         """Whether a key comes out there as it went in: SoftHSM fills secret keys of odd lengths with zeros, against
