@@ -78,6 +78,11 @@ class LedgerError(Exception):
     """An entry that cannot be read: of a later version, or damaged."""
 
 
+def is_uid(text: str) -> bool:
+    """Whether it can be the uid of an entry."""
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text)
+
+
 def oid(uid: str) -> bytes:
     """CKA_OBJECT_ID of an entry: 2.25.N, where N is the uid's number (ITU-T X.667), in DER."""
     number = int(uid, 16)

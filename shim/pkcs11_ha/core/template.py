@@ -132,7 +132,8 @@ def is_stateful(mechanism: int | None, template: Template) -> bool:
     return mechanism in _STATEFUL_MECHANISMS or bool(types & _STATEFUL_TYPES)
 
 
-_NEW_ID = RESERVED + b"new"
+NEW_ID = RESERVED + b"new"
+"""CKA_ID of an object until the ledger says that it is there."""
 
 
 def has_id(object_class: int | None) -> bool:
@@ -145,7 +146,7 @@ def tag(uid: str) -> dict[int, bytes]:
 
     It is for objects that have a CKA_ID and may be modified.
     """
-    return {ck.CKA_ID: _NEW_ID, ck.CKA_LABEL: RESERVED + uid.encode()}
+    return {ck.CKA_ID: NEW_ID, ck.CKA_LABEL: RESERVED + uid.encode()}
 
 
 def named(name: Name) -> dict[int, bytes]:

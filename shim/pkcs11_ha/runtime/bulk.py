@@ -161,9 +161,10 @@ def _bring(
         else:
             why = "no other member shows which object it is: a find"
             raise Refused(member, ck.CKR_OBJECT_HANDLE_INVALID, why)
-    party.ledger.write(member, entry, Stage.KEPT, party.there())
+    written = party.ledger.write(member, entry, Stage.PLACED, party.there())
     if is_tagged:
         replication.settling.untag(member, handle, entry)
+    party.ledger.mark(member, written, Stage.KEPT, party.there())
     if before is not None:
         party.ledger.erase(before)
 

@@ -136,6 +136,7 @@ class Core:
                 self.log,
                 group,
                 self.leave_out,
+                state_dir,
             )
             slots.append(slot)
         identity_file.remember(state_dir, learnt)

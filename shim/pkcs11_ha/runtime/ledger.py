@@ -139,7 +139,10 @@ class Ledger:
             with on(host):
                 try:
                     do(host, "C_SetAttributeValue", host.session, handle, label.array, label.count)
-                except Refused:  # it changes no data objects: a new one, and then the old one away
+                except Refused as error:
+                    if error.rv == ck.CKR_OBJECT_HANDLE_INVALID:
+                        return replica  # another process has gone further with the entry meanwhile
+                    # it changes no data objects: a new one, and then the old one away
                     new = self.write(member, replica.entry, stage, there)
                     self.erase(replica)
                     return new
@@ -254,19 +257,28 @@ class Ledger:
 
     def _identify(self, host: Member, handle: int) -> Replica | None:
         """The replica that an object is, by its label: which stage, for whom."""
-        with on(host):
-            shown = attributes.read(host, host.session, handle, (ck.CKA_LABEL,))
+        shown = self._shown(host, handle, ck.CKA_LABEL)
         text = shown.get(ck.CKA_LABEL, b"")[len(RESERVED) :].decode("utf-8", "replace")
         stage, _, name = text.partition(" of ")
         member = next((m for m in self.members if m.name == name), None) if name else host
         known = {s.value: s for s in Stage}
         return self._read(host, member, known[stage], handle) if member and stage in known else None
 
+    @staticmethod
+    def _shown(host: Member, handle: int, number: int) -> dict[int, bytes]:
+        """One attribute, if the object is still there; raises MemberFault, Refused."""
+        try:
+            with on(host):
+                return attributes.read(host, host.session, handle, (number,))
+        except Refused as error:
+            if error.rv != ck.CKR_OBJECT_HANDLE_INVALID:
+                raise
+            return {}
+
     def _read(self, host: Member, member: Member, stage: Stage, handle: int) -> Replica | None:
         """None if it has gone since it was found; raises MemberFault for what cannot be read."""
-        with on(host):
-            index, epoch = self.members.index(host), host.epoch
-            shown = attributes.read(host, host.session, handle, (ck.CKA_VALUE,))
+        index, epoch = self.members.index(host), host.epoch
+        shown = self._shown(host, handle, ck.CKA_VALUE)
         if ck.CKA_VALUE not in shown:
             return None
         self.objects.hide(index, epoch, handle)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from pkcs11_ha import ck
 from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core.domain import Generation
 from pkcs11_ha.core.ledger import Replica
+from pkcs11_ha.core.template import ulong
 from pkcs11_ha.log import Event
-from pkcs11_ha.runtime import domain
+from pkcs11_ha.runtime import attributes, domain
 from pkcs11_ha.runtime.domain import DomainKey
+from pkcs11_ha.runtime.host_lock import HostLock
 from pkcs11_ha.runtime.ledger import Ledger
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.service import MemberFault, Refused
+from pkcs11_ha.runtime.service import MemberFault, Refused, on
 
+_PATIENCE_S = 3.0  # with another process of this host that writes
 T = TypeVar("T")
 LeaveOut = Callable[[Member, int, str, str], None]
 """Leaves a member out: (member, return value, call, why in one line)."""
@@ -34,6 +37,7 @@ class Party:
         objects: ObjectMap,
         log: Callable[[Event], None],
         leave_out: LeaveOut,
+        state_dir: str,
     ) -> None:
         self.group = group
         self.members = members
@@ -41,12 +45,19 @@ class Party:
         self.log = log
         self.leave_out = leave_out
         self.ledger = Ledger(group.label, members, objects)
-        self.lock = threading.RLock()  # one write of this process at a time
+        # one write at a time, of this process and as far as can be of this host
+        self.lock = HostLock(state_dir, f"{group.label} {group.serial}", _PATIENCE_S, self._look_around)
         self.generation: Generation | None = None
         self.attended: dict[str, int] = {}  # members that take part -> the epoch in which they were found fit
         self._lengths: dict[str, tuple[int, bool]] = {}  # member -> epoch, and what was found then
         self.names: frozenset[str] | None = None  # as the ledger has them; None: it has none
         self.keys: dict[str, dict[int, DomainKey]] = {}
+
+    def _look_around(self) -> None:
+        """Has each member take notice of what other processes wrote, before we write: SoftHSM forgets to, else."""
+        for member in self.there():
+            with suppress(MemberFault, Refused), on(member):
+                attributes.find(member, member.session, {ck.CKA_CLASS: ulong(ck.CK_UNAVAILABLE_INFORMATION)})
 
     def takes_part(self, member: Member) -> bool:
         """Whether it was found fit, in its present life."""

@@ -37,9 +37,10 @@ class Replication:
         objects: ObjectMap,
         log: Callable[[Event], None],
         leave_out: LeaveOut,
+        state_dir: str,
     ) -> None:
         self.group = group
-        self.party = Party(group, members, objects, log, leave_out)
+        self.party = Party(group, members, objects, log, leave_out, state_dir)
         self.whereabouts = Whereabouts(self.party)
         self.copying = Copying(self.party, self.whereabouts)
         self.settling = Settling(self.party, self.whereabouts, self.copying)

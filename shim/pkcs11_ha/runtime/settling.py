@@ -72,6 +72,10 @@ class Settling:
         A member that cannot be brought up to date must not serve: one that returns is told so by Refused, Busy or
         Unproven, any other is left out.  Raises MemberFault.
         """
+        with self.party.lock:
+            self._settle_all(returning)
+
+    def _settle_all(self, returning: Member | None) -> None:
         there = self.party.there()
         if not self.party.ledger.can_keep(there):
             return
@@ -80,9 +84,24 @@ class Settling:
         for _ in range(_ROUNDS):
             uids = [uid for uid in self.party.ledger.open(there) if uid not in seen]
             if not uids:
-                return
+                break
             seen.update(uids)
             self._settle(uids, returning)
+        for member in self.party.there():
+            self._sweep(member)
+
+    def _sweep(self, member: Member) -> None:
+        """Objects that still bear the mark of what is new, as their writer ended before it took it off."""
+        for uid, handle in self.whereabouts.marked(member):
+            replicas = self.party.ledger.of(uid, self.party.there())
+            newest = max((r.entry for r in replicas), key=lambda entry: entry.weight, default=None)
+            own = [r.entry for r in replicas if r.member == member.name and r.stage is not Stage.ANNOUNCED]
+            if (newest is None and not self.party.away()) or (newest is not None and not newest.alive):
+                with on(member), suppress(Refused):
+                    destroy(member, handle)
+            elif own:
+                with suppress(Refused):  # another process was quicker
+                    self.untag(member, handle, max(own, key=lambda entry: entry.weight))
 
     def settle_one(self, uid: str) -> None:
         """As `settle`, for one entry."""

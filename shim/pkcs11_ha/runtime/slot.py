@@ -54,6 +54,7 @@ class VirtualSlot:
         log: Callable[[Event], None],
         group: GroupConfig | None = None,
         leave_out: LeaveOut | None = None,
+        state_dir: str = "",
     ) -> None:
         self.id = slot_id
         self.face = face
@@ -68,7 +69,7 @@ class VirtualSlot:
         self.group = group
         self.replication: Replication | None = None
         if group is not None and leave_out is not None and group.replication == "domain":
-            self.replication = Replication(group, members, self.objects, log, leave_out)
+            self.replication = Replication(group, members, self.objects, log, leave_out, state_dir)
         if group is not None:
             native.lib.ha_slot_replicates(self.native)
         self.tend_at_ns = (

@@ -7,8 +7,10 @@ from contextlib import suppress
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.identity import Identity, Kind, Name
-from pkcs11_ha.core.ledger import Entry, Replica, Stage
+from pkcs11_ha.core.ledger import Entry, Replica, Stage, is_uid
 from pkcs11_ha.core.template import (
+    NEW_ID,
+    RESERVED,
     TRUE,
     tag,
     ulong,
@@ -45,6 +47,17 @@ class Whereabouts:
         with suppress(CkError):
             return self.party.objects.shows(self.party.members.index(member), handle, identity)
         return None
+
+    def marked(self, member: Member) -> list[tuple[str, int]]:
+        """(uid, handle) of all objects that bear the mark of what is new."""
+        with on(member):
+            found = attributes.find(member, member.session, {ck.CKA_ID: NEW_ID, ck.CKA_TOKEN: TRUE})
+            labels = [
+                attributes.read(member, member.session, handle, (ck.CKA_LABEL,)).get(ck.CKA_LABEL, b"")
+                for handle in found
+            ]
+        uids = [label[len(RESERVED) :].decode("ascii", "replace") for label in labels]
+        return [(uid, handle) for uid, handle in zip(uids, found, strict=True) if is_uid(uid)]
 
     def tagged(self, member: Member, uid: str) -> list[int]:
         wanted = {**tag(uid), ck.CKA_TOKEN: TRUE}
