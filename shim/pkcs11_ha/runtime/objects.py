@@ -268,9 +268,17 @@ class ObjectMap:
                     claims.append(known)
             result.append(known.handle if known else 0)
         for known in claims[:_PROVEN_AT_ONCE]:
-            self.handle_at(known, index)
+            self._try_to_prove(known, index)
             result = [self._now(index, epoch, handle, v) for handle, v in zip(handles, result, strict=True)]
         return result
+
+    def _try_to_prove(self, known: VirtualObject, index: int) -> None:
+        """Where another member, to compare with, fails at that, the claim stays open."""
+        try:
+            self.handle_at(known, index)
+        except CkError as error:
+            if error.member is self.members[index]:
+                raise
 
     def _is_ours(self, index: int, epoch: int, handle: int, identity: Identity) -> bool:
         """Whether it is the group's own, or an object of which the ledger does not know yet that it is there."""

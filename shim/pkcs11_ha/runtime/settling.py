@@ -189,7 +189,14 @@ class Settling:
     def _bring(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> None:
         """Makes one object on one member what its entry says."""
         own = max(
-            (r.entry for r in replicas if r.member == member.name and r.entry.weight < target.weight),
+            (
+                r.entry
+                for r in replicas
+                # What was only announced there may never have been made.
+                if r.member == member.name
+                and r.entry.weight < target.weight
+                and (r.stage is not Stage.ANNOUNCED or not target.alive)
+            ),
             key=lambda entry: entry.weight,
             default=None,
         )
@@ -237,6 +244,8 @@ class Settling:
             if not self.party.away():  # all are there and nobody has it: it never came to be
                 for replica in replicas:
                     self.party.ledger.erase(replica)
+                for other in target.together:
+                    self._undo(other.uid)
             return False
         is_key = target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY)
         if is_key and (target.wrapped is None or not self.copying.keeps(member, target.wrapped)):
@@ -244,6 +253,16 @@ class Settling:
         self.copying.copy_over(member, target, *source)
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
         return True
+
+    def _undo(self, uid: str) -> None:
+        """One half of a pair whose other half never came to be."""
+        replicas = self.party.replicas(uid)
+        newest = max((r.entry for r in replicas), key=lambda entry: entry.weight, default=None)
+        if newest is not None and newest.alive:
+            grave = tombstone(newest, me())
+            for member in self.party.there():
+                self.party.ledger.write(member, grave, Stage.ANNOUNCED, self.party.there())
+            self._settle([uid], None)
 
     def drop_tag(self, member: Member, entry: Entry) -> None:
         for place, handle in enumerate(self.whereabouts.tagged(member, entry.uid)):

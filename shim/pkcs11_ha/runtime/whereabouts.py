@@ -12,6 +12,7 @@ from pkcs11_ha.core.template import (
     NEW_ID,
     RESERVED,
     TRUE,
+    has_id,
     tag,
     ulong,
 )
@@ -76,6 +77,10 @@ class Whereabouts:
             if other.name in has:
                 own = next((r.entry for r in replicas if r.member == other.name), target)
                 handle = self.locate(other, target, own)
+                if handle is not None:
+                    return other, handle
+            elif not has_id(target.name.object_class) and self.surplus(other, target):
+                handle = self.locate(other, target, target)  # made there, and not yet said so
                 if handle is not None:
                     return other, handle
         return None
