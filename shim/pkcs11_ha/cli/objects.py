@@ -12,7 +12,7 @@ from rich.table import Table
 from pkcs11_ha import ck
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.core.identity import Identity, Kind, Name
-from pkcs11_ha.core.template import Template
+from pkcs11_ha.core.template import FALSE, Template, for_copy
 from pkcs11_ha.runtime import attributes, bulk
 from pkcs11_ha.runtime.bulk import Census, Outcome
 from pkcs11_ha.runtime.ledger import Busy
@@ -166,11 +166,13 @@ def attributes_shown(member: Member, handle: int) -> Template:
 
 
 def _differences(shown: Sequence[Template]) -> list[str]:
-    numbers = sorted({number for each in shown for number in each})
+    """What a vendor does not show is what it does by default."""
+    said = [for_copy(each) for each in shown]
+    numbers = sorted({number for each in said for number in each})
     return [
         ck.ATTRIBUTE_NAMES.get(number, hex(number))
         for number in numbers
-        if number not in _OF_THE_PAST and len({each.get(number, b"") or b"" for each in shown}) > 1
+        if number not in _OF_THE_PAST and len({each.get(number) or FALSE for each in said}) > 1
     ]
 
 
