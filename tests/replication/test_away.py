@@ -247,6 +247,21 @@ def test_ledger_holds_one_entry_of_each_object_or_none(start: StartFactory, name
     settled(app, kept=2 * len(made) if escrow == "token" else 0)
 
 
+@pytest.mark.parametrize("name", ["aes", "ec", "note", "certificate"])
+def test_object_that_its_member_has_lost_is_made_again(app: Domain, name: str) -> None:
+    """An entry says that it was there; where it is no more, a change is not done by saying so."""
+    session = app.login(PIN)
+    made = MAKES[name](session, "object")
+    with bare(app.token("west")) as other:
+        for handle in other.find({p11.CKA_LABEL: "object"}):
+            other.destroy(handle)
+    with app.without("west"):
+        for handle in made:
+            session.set(handle, {p11.CKA_LABEL: "changed"})
+    held = settled(app, kept=len(made))
+    assert len(held[0].seen) == len(held[1].seen) == len(made)
+
+
 @pytest.mark.parametrize("name", ["aes", "aes of no id", "hmac", "des3", "ec", "note", "certificate"])
 def test_object_replaced_under_its_name_is_the_new_one(app: Domain, name: str) -> None:
     session = app.login(PIN)

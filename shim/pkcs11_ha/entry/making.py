@@ -98,10 +98,6 @@ def _on_all(
     replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
     generated_by = int(making.mechanism.mechanism) if making.mechanism else None
     if any(is_stateful(generated_by, each) for each in wishes):
-        if replication.group.min_copies > 1:
-            raise CkError(
-                ck.CKR_TEMPLATE_INCONSISTENT, "a key that must not be copied, and min_copies above 1"
-            )
         return pinned(slot, session, making)
     while True:
         try:
@@ -131,9 +127,11 @@ def _are_keys(wishes: Sequence[Template]) -> list[bool]:
 
 def pinned(slot: VirtualSlot, session: Any, making: Making) -> list[VirtualObject]:
     """On one member: nobody copies keys in this group, or of two copies of a stateful signature key each would sign
-    with what the other has used up."""
+    with what the other has used up.  Raises CkError."""
+    if slot.replication and slot.replication.group.min_copies > 1:
+        raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "a key that must not be copied, and min_copies above 1")
     carried = making.carried(slot, session)
-    carried.call.creates_token = 1
+    carried.call.creates_token = any(wish(*each).get(ck.CKA_TOKEN) == TRUE for each in making.templates)
     handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
     known = _adopted(slot, session, carried, handles)
     for each in known:
@@ -161,28 +159,28 @@ class Again:
     """
 
     def __init__(self, making: Making, kept: Any, templates: Sequence[_Locked]) -> None:
-        self.making, self.kept, self.templates = making, kept, templates
+        self._call: tuple[Making, Any, Sequence[_Locked]] | None = (making, kept, templates)
         self.wrapped: Wrapped | None = None
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
-        """Makes the object on a member; None if that cannot be.  `handle` of the result's is its handle there."""
-        carried = self.making.carried(slot, session, index)
+        """Makes the object on a member; None if that cannot be.  `made` of the result is its handle there."""
+        call = self._call  # and all that it points to, though another thread forgets it now
+        if call is None:
+            return None
+        making, _, templates = call
         try:
-            carried.made = self.making.make(carried, self.templates)[0]
+            carried = making.carried(slot, session, index)
+            carried.made = making.make(carried, templates)[0]
         except CkError:
             return None
         return carried
 
     def forget(self) -> None:
-        if self.kept is not None:
-            native.lib.ha_mechanism_forget(self.kept)
-            self.kept = None
-        for template in self.templates:
-            template.wipe()
+        self._call = None
 
 
 class _Locked(Filled):
-    """A deep copy of an application's template; secret values in locked memory."""
+    """A deep copy of an application's template; secret values in locked memory, wiped with it."""
 
     def __init__(self, array: Any, count: int) -> None:
         secret = {int(array[i].type) for i in range(count)} & _SECRETS
@@ -196,20 +194,13 @@ class _Locked(Filled):
             if int(array[i].type) in secret:
                 copy = native.lib.ha_secret_new(array[i].pValue, array[i].ulValueLen)
                 if not copy:
-                    self.wipe()
                     raise CkError(ck.CKR_HOST_MEMORY)
-                self._locked.append(copy)
+                self._locked.append(native.ffi.gc(copy, native.lib.ha_secret_wipe))
                 held[self.count].type = array[i].type
                 held[self.count].pValue = native.lib.ha_secret_bytes(copy)
                 held[self.count].ulValueLen = array[i].ulValueLen
                 self.count += 1
         self.array = held
-
-    def wipe(self) -> None:
-        """Afterwards it is empty."""
-        self.count = 0
-        while self._locked:
-            native.lib.ha_secret_wipe(self._locked.pop())
 
 
 def recipe(making: Making) -> Again | None:
@@ -223,6 +214,7 @@ def recipe(making: Making) -> Again | None:
         kept = native.lib.ha_mechanism_copy(making.mechanism)
         if not kept:
             return None
+        kept = native.ffi.gc(kept, native.lib.ha_mechanism_forget)
     copy = _Locked(array, count)
     taken = native.lib.ha_mechanism_kept(kept) if kept is not None else None
     again = Making(making.name, making.objects, taken, ((copy.array, copy.count),), making.forward)
@@ -278,7 +270,7 @@ def _in_session(
     carried = making.carried(slot, session)
     handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
     known = _adopted(slot, session, carried, handles)
-    if not by_chance:
+    if not by_chance and not is_stateful(None, wishes[0]):
         known[0].recipe = recipe(making)
     return known
 

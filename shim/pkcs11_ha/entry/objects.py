@@ -29,6 +29,11 @@ def _create_object(handle: int, template: Any, count: int, result: Any) -> int |
         return int(function(call.member_session, templates[0].array, templates[0].count, made))
 
     call = making.Making("C_CreateObject", (), None, ((template, count),), forward)
+    if is_stateful(None, wanted) and wanted.get(ck.CKA_CLASS) == ulong(ck.CKO_PRIVATE_KEY):
+        if slot.replication and wanted.get(ck.CKA_TOKEN) == TRUE:
+            slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+        result[0] = making.pinned(slot, session, call)[0].handle
+        return None
     if slot.replication and wanted.get(ck.CKA_TOKEN) == TRUE:
         result[0] = _created_everywhere(slot, session, call, wanted).handle
         return None
@@ -51,8 +56,6 @@ def _created_everywhere(
     assert slot.replication
     slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
     is_key = wanted.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
-    if is_key and is_stateful(None, wanted):
-        return making.pinned(slot, session, call)[0]
     ((template, count),) = call.templates
     while True:
         seed = making.seed(slot, session, call, [wanted]) if is_key else None

@@ -142,12 +142,13 @@ class Changing:
         def revert() -> None:
             filled = Filled(before)
             for member in done:
-                handle = self.party.objects.handle_at(known, self.party.members.index(member))
-                with member.service:
-                    templates = (filled.array, filled.count)
-                    rv = member.call("C_SetAttributeValue", member.session, handle, *templates)
-                if rv != ck.CKR_OK:
-                    self._partial(member, "C_SetAttributeValue", rv)
+                templates = (filled.array, filled.count)
+                try:
+                    handle = self.party.handle_at(known, member)
+                    with on(member):
+                        do(member, "C_SetAttributeValue", member.session, handle, *templates)
+                except (MemberFault, Refused) as error:
+                    self._partial(member, "C_SetAttributeValue", error.rv)
 
         with self.party.lock:
             first = self._on_all(known, plan, act, revert)[0]
@@ -185,12 +186,12 @@ class Changing:
             if not self.party.takes_part(member):
                 continue
             try:
-                act(member, self.party.objects.handle_at(known, self.party.members.index(member)))
+                act(member, self.party.handle_at(known, member))
                 did.append(member)
                 claim.place(member)
             except MemberFault as fault:
                 self.party.leave(fault)
-            except (Refused, CkError) as error:
+            except Refused as error:
                 revert()
                 if not did or new.alive:
                     claim.withdraw()
@@ -268,12 +269,15 @@ class Changing:
 
     def _shows(self, known: VirtualObject) -> bytes | None:
         """What a key shows on a member that is there."""
-        for member in self.party.there():
-            index = self.party.members.index(member)
-            handle = self.party.objects.handle_at(known, index)
-            if handle:
-                return self.whereabouts.shows(member, handle, known.identity)
-        return None
+
+        def look(there: list[Member]) -> bytes | None:
+            for member in there:
+                handle = self.party.handle_at(known, member)
+                if handle:
+                    return self.whereabouts.shows(member, handle, known.identity)
+            return None
+
+        return self.party.steadily(look)
 
     def entry_of(self, known: VirtualObject) -> Entry | None:
         """The entry of an object; None if it was made outside.  Raises CkError if that cannot be told."""

@@ -335,6 +335,7 @@ class Core:
                 thread.join(self.settings.recovery.budget_s)
         for slot in self.slots.values():
             login.forget(slot, self.settings.recovery.budget_s)
+            slot.objects.forget_recipes()
         for member in self.members.values():
             if not self._is_stuck(member) and member.instance is not None and member.instance.foreign:
                 self.in_time(partial(self._depart, member))  # the host goes on with that library
@@ -347,10 +348,14 @@ class Core:
         self.log(Event("core.stopped"))
         self.log_target.close()
 
-    @staticmethod
-    def _is_stuck(member: Member) -> bool:
-        """Whether somebody is inside its library, perhaps for ever."""
-        return member.connecting or member.learning or bool(native.lib.ha_member_in_flight(member.native))
+    def _is_stuck(self, member: Member) -> bool:
+        """Whether somebody is inside its library, or may yet go there, perhaps for ever."""
+        return (
+            self.is_tending()
+            or member.connecting
+            or member.learning
+            or bool(native.lib.ha_member_in_flight(member.native))
+        )
 
     def _depart(self, member: Member) -> None:
         for slot in self.slots_of(member):

@@ -34,14 +34,14 @@ class HostLock:
             return False
         self._depth += 1
         if self._depth == 1:
-            self._lock_file(self._patience_s if blocking else 0.0)
-            if self._file is None and not blocking:
+            if not self._lock_file(self._patience_s if blocking else 0.0) and not blocking:
                 self.release()
                 return False
             self._taken()
         return True
 
-    def _lock_file(self, patience_s: float) -> None:
+    def _lock_file(self, patience_s: float) -> bool:
+        """False: another process has it.  Where there can be no file, there is nobody to wait for."""
         deadline = time.monotonic() + patience_s
         with suppress(OSError):
             os.makedirs(os.path.dirname(self._path), mode=0o755, exist_ok=True)
@@ -50,12 +50,13 @@ class HostLock:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._file = file
-                    return
+                    return True
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
-                        break
+                        os.close(file)
+                        return False
                     time.sleep(_STEP_S)
-            os.close(file)
+        return True
 
     def release(self) -> None:
         """Once for each `acquire`."""

@@ -193,6 +193,13 @@ class ObjectMap:
             for handle in attributes.find(member, session, wanted):
                 self.hide(index, epoch, handle)
 
+    def forget_recipes(self) -> None:
+        """The end of a run: what is secret in them goes."""
+        with self.lock:
+            for known in self.objects.values():
+                if known.recipe is not None:
+                    known.recipe.forget()
+
     def drop_if(self, condition: Callable[[VirtualObject], bool]) -> None:
         """Drops what dies with a session, a login or a member."""
         with self.lock:

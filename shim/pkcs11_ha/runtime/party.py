@@ -18,8 +18,8 @@ from pkcs11_ha.runtime.host_lock import HostLock
 from pkcs11_ha.runtime.ledger import Ledger
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
-from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.service import MemberFault, Refused, on
+from pkcs11_ha.runtime.objects import ObjectMap, VirtualObject
+from pkcs11_ha.runtime.service import MemberFault, Refused, judged, on
 
 _PATIENCE_S = 3.0  # with another process of this host that writes
 T = TypeVar("T")
@@ -125,6 +125,14 @@ class Party:
     def away(self) -> frozenset[str]:
         there = self.there()
         return self.roster() - {member.name for member in there}
+
+    def handle_at(self, known: VirtualObject, member: Member) -> int:
+        """The object's handle on a member, 0 if it is not there; raises MemberFault, Refused."""
+        try:
+            return self.objects.handle_at(known, self.members.index(member))
+        except CkError as error:
+            failed = error.member if isinstance(error.member, Member) else member
+            raise judged(failed, error.rv, "C_FindObjects") from None
 
     def steadily(self, look: Callable[[list[Member]], T]) -> T:
         """Looks at whoever is there, and once more without a member that fails at that; raises CkError.

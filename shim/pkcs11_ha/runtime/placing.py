@@ -20,6 +20,7 @@ from pkcs11_ha.core.template import (
     Template,
     contradictions,
     has_id,
+    is_stateful,
     named,
     renamed,
     tag,
@@ -269,7 +270,7 @@ class Placing:
         first: list[tuple[Member, int]] = []
 
         def put(member: Member, changes: Mapping[int, bytes | None]) -> int:
-            handle = self.party.objects.handle_at(source, self.party.members.index(member))
+            handle = self.party.handle_at(source, member)
             if handle:
                 made = self._copied(member, handle, Changed(array, count, changes))
                 first.append((member, made))
@@ -302,25 +303,25 @@ class Placing:
         self, source: VirtualObject, said: Mapping[int, bytes], wrapped: Wrapped | None, member: Member
     ) -> Entry:
         """Of a copy: the same, under the name that it is given."""
-        handle = self.party.objects.handle_at(source, self.party.members.index(member))
+        handle = self.party.handle_at(source, member)
         identity = replace(source.identity, token=True, name=renamed(source.identity.name, said))
         return self._new_entry(identity, wrapped, self.whereabouts.shows(member, handle, identity))
 
     def _where(self, source: VirtualObject) -> list[Member]:
         """Members that have it; raises CkError if none has."""
-        index = self.party.members.index
-        where = [m for m in self.party.there() if self.party.objects.handle_at(source, index(m))]
+        where = self.party.steadily(lambda there: [m for m in there if self.party.handle_at(source, m)])
         if not where:
             raise CkError(ck.CKR_DEVICE_ERROR if self.party.away() else ck.CKR_OBJECT_HANDLE_INVALID)
         return where
 
     def _wrapped_source(self, source: VirtualObject, member: Member) -> Wrapped | None:
         """The blob of a session key; None of what is no key, or cannot be wrapped."""
-        if source.identity.kind not in _KEYS:
+        key_type = source.identity.name.type
+        if source.identity.kind not in _KEYS or is_stateful(None, {ck.CKA_KEY_TYPE: ulong(key_type or 0)}):
             return None
         if source.recipe is not None and source.recipe.wrapped is not None:
             return source.recipe.wrapped
-        handle = self.party.objects.handle_at(source, self.party.members.index(member))
+        handle = self.party.handle_at(source, member)
         try:
             return self.copying.wrap(member, handle)
         except Refused as error:
@@ -341,7 +342,7 @@ class Placing:
                 "the key cannot be wrapped, min_copies wants it", ck.CKR_KEY_NOT_WRAPPABLE
             )
         index = self.party.members.index(member)
-        made = self._copied(member, self.party.objects.handle_at(source, index), changed)
+        made = self._copied(member, self.party.handle_at(source, member), changed)
         known = self.party.objects.adopt(index, member.epoch, member.session, made, 0)
         self.party.objects.pinned(known)
         return [known]
@@ -350,16 +351,16 @@ class Placing:
         """Announces, puts in place on one member after the other, and tells the object map.  Raises CkError."""
         began = time.monotonic()
         lost: list[str] = []
-        for member in self.party.there():
-            self._steadily(member, lost, partial(self._announce, member, parts))
-        for member in sorted(self.party.there(), key=lambda member: member is not first):
-            try:
+        try:
+            for member in self.party.there():
+                self._steadily(member, lost, partial(self._announce, member, parts))
+            for member in sorted(self.party.there(), key=lambda member: member is not first):
                 if time.monotonic() - began > _STALE_S:
                     raise Refused(member, ck.CKR_FUNCTION_FAILED, "a write that was held up too long")
                 self._steadily(member, lost, partial(self._put, member, parts))
-            except Refused as error:
-                self._undo(parts, lost)
-                raise CkError(error.rv, str(error), member) from None
+        except (Refused, CkError) as error:
+            self._undo(parts, lost)
+            raise CkError(error.rv, str(error), error.member) from None
         there = [m for m in self.party.there() if all(m.name in part.placed for part in parts)]
         if len(there) < max(1, self.party.group.min_copies):
             self._undo(parts, lost)

@@ -7,20 +7,17 @@ brought to its end at the next login or when a member returns (`settling`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pkcs11_ha import ck
-from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core import domain as domains
-from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import domain
 from pkcs11_ha.runtime.changing import Changing
 from pkcs11_ha.runtime.copying import Copying
 from pkcs11_ha.runtime.ledger import Busy
 from pkcs11_ha.runtime.member import ConnectError, Member
 from pkcs11_ha.runtime.native import CkError
-from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.party import LeaveOut, Party
+from pkcs11_ha.runtime.party import Party
 from pkcs11_ha.runtime.placing import Placing
 from pkcs11_ha.runtime.service import MemberFault, Refused
 from pkcs11_ha.runtime.settling import Settling
@@ -30,23 +27,15 @@ from pkcs11_ha.runtime.whereabouts import Unproven, Whereabouts
 class Replication:
     """Of one group.  The only writer of token objects, ledger and domain keys there, besides the CLI's commands."""
 
-    def __init__(
-        self,
-        group: GroupConfig,
-        members: Sequence[Member],
-        objects: ObjectMap,
-        log: Callable[[Event], None],
-        leave_out: LeaveOut,
-        state_dir: str,
-    ) -> None:
-        self.group = group
-        self.party = Party(group, members, objects, log, leave_out, state_dir)
+    def __init__(self, party: Party) -> None:
+        self.group = party.group
+        self.party = party
         self.whereabouts = Whereabouts(self.party)
         self.copying = Copying(self.party, self.whereabouts)
         self.settling = Settling(self.party, self.whereabouts, self.copying)
         self.changing = Changing(self.party, self.whereabouts, self.settling)
         self.placing = Placing(self.party, self.whereabouts, self.copying, self.settling, self.changing)
-        objects.is_one = self.whereabouts.is_one
+        party.objects.is_one = self.whereabouts.is_one
         self.is_by_hand = False  # a command is at work, and decides itself who takes part
 
     def begin(self, members: Sequence[Member]) -> None:

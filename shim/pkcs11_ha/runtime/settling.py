@@ -64,7 +64,10 @@ class Settling:
         for replica in sorted(
             self.party.ledger.of(uid, there), key=lambda r: r.member in situation.target.owed
         ):
-            self.party.ledger.erase(replica)
+            if (
+                replica.entry.weight <= situation.target.weight
+            ):  # else another process has announced more since
+                self.party.ledger.erase(replica)
 
     def settle(self, returning: Member | None = None) -> None:
         """Brings whatever is open to its end, on all who are there.
@@ -202,9 +205,11 @@ class Settling:
         )
         if not target.alive:
             self._bury(member, target, own)
-        elif own is not None or target.foreign:
+        elif target.foreign:
             self._catch_up(member, target, own)
-        elif not self._bring_new(member, target, replicas):
+        elif not (own and self._catch_up(member, target, own)) and not self._bring_new(
+            member, target, replicas
+        ):
             return
         self.mark(member, target, Stage.PLACED)
         self.drop_tag(member, target)
@@ -220,10 +225,11 @@ class Settling:
             Event("object.settled", self.party.group.label, member.name, _details(target, "destroyed"))
         )
 
-    def _catch_up(self, member: Member, target: Entry, own: Entry | None) -> None:
+    def _catch_up(self, member: Member, target: Entry, own: Entry | None) -> bool:
+        """Whether the object is there, and is now what it was changed to."""
         handle = self.whereabouts.locate(member, target, own)
         if handle is None:
-            return
+            return False
         before = own.change if own else {}
         missed = {n: v for n, v in target.change.items() if before.get(n) != v}
         filled = Filled(missed)
@@ -232,6 +238,7 @@ class Settling:
         self.party.log(
             Event("object.settled", self.party.group.label, member.name, _details(target, "changed"))
         )
+        return True
 
     def _bring_new(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> bool:
         """False if it cannot be made now."""

@@ -16,7 +16,7 @@ from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.party import LeaveOut
+from pkcs11_ha.runtime.party import LeaveOut, Party
 from pkcs11_ha.runtime.replication import Replication
 
 _BALANCE = {"least-busy": 0, "round-robin": 1, "primary-first": 2}
@@ -69,7 +69,7 @@ class VirtualSlot:
         self.group = group
         self.replication: Replication | None = None
         if group is not None and leave_out is not None and group.replication == "domain":
-            self.replication = Replication(group, members, self.objects, log, leave_out, state_dir)
+            self.replication = Replication(Party(group, members, self.objects, log, leave_out, state_dir))
         if group is not None:
             native.lib.ha_slot_replicates(self.native)
         self.tend_at_ns = (
