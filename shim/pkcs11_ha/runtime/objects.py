@@ -259,8 +259,9 @@ class ObjectMap:
                 try:
                     identity = attributes.who(member, session, handle)
                 except CkError as error:
-                    if error.rv == ck.CKR_OBJECT_HANDLE_INVALID:
-                        result.append(0)  # destroyed since it was found
+                    # Destroyed since it was found; or a wreck that a store was left with when it was killed.
+                    if member.code(error.rv) in (Code.HANDLE, Code.CLEAN):
+                        result.append(0)
                         continue
                     raise
                 self._same_life(member, epoch)
