@@ -110,6 +110,8 @@ class Application:
     def _act(self, act: str, handle: int, new: str) -> None:
         if act == "rename":
             self.session.set(handle, {p11.CKA_LABEL: new})
+        elif act == "copy":
+            self.session.copy(handle, {p11.CKA_LABEL: new})
         else:
             self.session.destroy(handle)
 

@@ -172,6 +172,22 @@ def test_handle_of_a_process_is_good_for_what_another_renamed_and_not_for_what_i
     assert ended(clients, tokens) == []
 
 
+def test_copy_of_what_another_renamed_can_be_given_to_a_member_that_comes_later(
+    client: ClientFactory, tokens: Sequence[SoftToken]
+) -> None:
+    """Its blob is that of its source, whose entry bears another name by now."""
+    one, other = clients = [client(), client()]
+    logged_in(*clients)
+    other.ask("make", "aes-256", "key")
+    one.ask("remember")
+    other.ask("rename", "key", "renamed")
+    assert one.ask("work", [("copy", "key", "copy")]) == [["copy", "key", OK]]
+    assert ended(clients, tokens) == ["copy", "renamed"]
+    for token in tokens:
+        entries = [decode(value) for value in values(contents.of(token)) if isinstance(value, bytes)]
+        assert [each.name.label for each in entries if each.wrapped is None] == []
+
+
 def test_processes_that_make_objects_at_once_make_each_once(
     client: ClientFactory, tokens: Sequence[SoftToken]
 ) -> None:

@@ -287,6 +287,10 @@ class Placing:
         with self.party.lock:
             try:
                 where = self._where(source)
+                if (
+                    source.identity.token
+                ):  # another process may have renamed it: its entry is found by its name
+                    self.party.objects.renew(source, self.party.members.index(where[0]), where[0].session)
                 known = self.changing.entry_of(source) if source.identity.token else None
                 wrapped = known.wrapped if known else self._wrapped_source(source, where[0])
                 if wrapped is None and len(where) < len(self.party.there()):
@@ -366,8 +370,12 @@ class Placing:
             self._undo(parts, lost)
             raise self.party.rejected("too few members took it")
         known = [self._adopt(part, there) for part in parts]
-        for part in parts:
+        for part, each in zip(parts, known, strict=True):
             self._finish(part)
+            if part.entry.wrapped is None and each.identity.kind in _KEYS and self.party.away():
+                self.party.objects.pinned(
+                    each
+                )  # who is away cannot be given it: it is said, as for any such key
         return known
 
     def _steadily(self, member: Member, lost: list[str], work: Callable[[], None]) -> None:
