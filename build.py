@@ -106,6 +106,7 @@ def write_pages(docs: Path) -> None:
     from pkcs11_ha.spec import pages
 
     write(docs / "functions.md", pages.functions())
+    write(docs / "mechanisms.md", pages.mechanisms())
     write(docs / "configuration.md", pages.configuration())
     write(docs / "log.md", pages.log())
     write(docs / "return-codes.md", pages.return_codes())

@@ -95,6 +95,7 @@ static void after_fork_in_child(void)
     atomic_fetch_add(&forks, 1);
     pthread_mutex_init(&life, NULL);
     ha_slots_reset();
+    ha_states_forget();
     ha_sessions_after_fork();
     ha_objects_after_fork();
     ha_python_after_fork(true);
@@ -171,6 +172,7 @@ CK_RV native_C_Finalize(CK_VOID_PTR pReserved)
         rv = ha_unseal(ha_core.finalize());
         ha_objects_reset();
         ha_slots_reset();
+        ha_states_forget();
         atomic_store(&state, DOWN);
     }
     pthread_mutex_unlock(&life);

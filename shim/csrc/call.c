@@ -51,6 +51,50 @@ static RARE CK_RV check_objects(const ha_call *call, const struct ha_row *row)
     return CKR_OK;
 }
 
+/* Ends operations, on the member too: with its session, or, where that has objects, as PKCS#11 3.0 has it (5.6.9). */
+static RARE CK_RV cancel(ha_session *session, uint32_t ops, CK_FLAGS flags)
+{
+    int m = session->member;
+    uint32_t others = session->active & ~ops;
+    if (!(session->active & ops)) return CKR_OK;
+    if (m >= 0 && session->at[m].epoch && session->owns >> m & 1) {
+        ha_member *member = session->slot->member[m];
+        ha_call call = {.row = FN_C_SessionCancel};
+        CK_C_SessionCancel end = (CK_C_SessionCancel)member->functions[FN_C_SessionCancel];
+        if (!end) return CKR_OPERATION_CANCEL_FAILED;
+        if (ha_enter(member, session->at[m].epoch, &call)) {
+            CK_RV rv = end(session->at[m].handle, flags);
+            ha_leave(member, &call);
+            if (rv != CKR_OK) return CKR_OPERATION_CANCEL_FAILED;
+        }
+    } else {
+        session->active = others;
+        bool may_move = ha_session_may_move(session);
+        session->active |= ops;
+        if (others && !may_move) return CKR_OPERATION_CANCEL_FAILED;
+        if (m >= 0) ha_session_drop(session, m);
+    }
+    ha_session_end_operations(session, ops);
+    return CKR_OK;
+}
+
+/* An Init without a mechanism ends what is under way (PKCS#11 3.0, 5.8.1). */
+static RARE CK_RV cancel_by_init(ha_session *session, uint32_t ops)
+{
+    unsigned op = (unsigned)__builtin_ctz(ops);
+    return session->active & ops ? cancel(session, ops, ha_cancel_flags[op]) : CKR_ARGUMENTS_BAD;
+}
+
+/* Keeps an Init, so that it can be repeated on another member. Before the member sees it: it may write into it. */
+static inline void keep(struct ha_operation *operation, const ha_call *call, const struct ha_row *row)
+{
+    ha_operation_forget(operation);
+    operation->key = row->bad_object[0] ? call->object[0] : CK_INVALID_HANDLE;
+    operation->mechanism = *call->mechanism;
+    operation->kept = !operation->mechanism.pParameter || !operation->mechanism.ulParameterLen;
+    if (!operation->kept) ha_mechanism_keep(operation);
+}
+
 /* Locks the session and settles what needs no member. False: call->rv is the answer and no session is held. */
 bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
 {
@@ -63,13 +107,16 @@ bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
 
     CK_RV rv = CKR_OK;
     call->member_mechanism = call->mechanism;
+    if (row->phase == HA_PHASE_INIT && !call->mechanism) return refuse(call, cancel_by_init(session, row->ops));
     if (row->phase == HA_PHASE_INIT)
-        rv = !call->mechanism ? CKR_ARGUMENTS_BAD : session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
+        rv = session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
     else if ((session->active & row->ops) != row->ops)
         rv = CKR_OPERATION_NOT_INITIALIZED;
     if (rv == CKR_OK && call->objects) rv = check_objects(call, row);
     if (rv == CKR_OK && call->mechanism && call->mechanism->pParameter) rv = ha_mechanism_objects(call);
-    return rv == CKR_OK ? true : refuse(call, rv);
+    if (rv != CKR_OK) return refuse(call, rv);
+    if (row->keep) keep(&session->operation[__builtin_ctz(row->ops)], call, row);
+    return true;
 }
 
 static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
@@ -91,16 +138,7 @@ static bool bound_to_lost_member(const ha_call *call)
     const ha_session *session = call->session;
     int m = session->member;
     if (!is_bound(call)) return false;
-    return call->tried >> m & 1 || session->at[m].epoch != atomic_load(&session->slot->member[m]->epoch);
-}
-
-/* Operations move to another member only while they have taken no input; else they are lost, and said so. */
-int ha_session_may_move(ha_session *session)
-{
-    if (session->active & ~session->fresh) return 0;
-    for (uint32_t left = session->active; left; left &= left - 1)
-        if (!session->operation[__builtin_ctz(left)].kept) return 0;
-    return 1;
+    return m < 0 || call->tried >> m & 1 || session->at[m].epoch != atomic_load(&session->slot->member[m]->epoch);
 }
 
 /* Handles of this call on its member. False: not known there, the core must look. */
@@ -119,15 +157,6 @@ static RARE uint32_t without_absent(const ha_call *call, uint32_t candidates)
     return candidates;
 }
 
-static uint32_t without_operation_keys(const ha_session *session, uint32_t candidates)
-{
-    for (uint32_t left = session->active; left; left &= left - 1) {
-        CK_OBJECT_HANDLE key = session->operation[__builtin_ctz(left)].key;
-        if (key) candidates &= ~ha_object_absent_mask(key);
-    }
-    return candidates;
-}
-
 /* What is made stands together, for a call can use only what one member has: a session's objects beside each other (and
  * beside the digest that may take such a key), those of the token on the first member. */
 static RARE int choose(const ha_call *call, uint32_t may)
@@ -141,8 +170,6 @@ static RARE int choose(const ha_call *call, uint32_t may)
     return ha_slot_choose(call->session, may, row->primary || call->creates_token);
 }
 
-static void repeat_operations(ha_call *call);
-
 /* The usual way: a first choice, every handle known, the session open there. False: nothing was done. */
 static inline bool route_at_once(ha_call *call)
 {
@@ -152,6 +179,7 @@ static inline bool route_at_once(ha_call *call)
     const bool bound = is_bound(call);
     if (bound) {
         call->member = session->member;
+        if (call->member < 0) return false; /* its state was set, and it has not begun again yet */
     } else {
         uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
         if (call->objects) may = without_absent(call, may);
@@ -179,10 +207,8 @@ static RARE bool route_with_care(ha_call *call)
     while (!call->finished) {
         bool move = bound_to_lost_member(call);
         if (move && !ha_session_may_move(session)) {
-            call->member = session->member;
-            ha_session_end_operations(session, session->active);
-            ha_core.operation_lost(call);
-            return finish(call, CKR_DEVICE_ERROR);
+            ha_operations_lost(call);
+            return false;
         }
         if (is_bound(call) && !move) {
             call->member = session->member;
@@ -195,7 +221,7 @@ static RARE bool route_with_care(ha_call *call)
         } else {
             uint32_t may = atomic_load(call->alone ? &slot->up : &slot->serving) & ~call->tried;
             if (call->objects) may = without_absent(call, may);
-            if (move) may = without_operation_keys(session, may);
+            if (move) may = ha_without_operation_keys(session, may);
             /* The first choice holds while it can: to choose again for each look would always pass over a member
              * whose session is yet to be opened. */
             if (call->member < 0 || !(may >> call->member & 1)) call->member = may ? choose(call, may) : -1;
@@ -226,7 +252,7 @@ static RARE bool route_with_care(ha_call *call)
         }
         call->member_session = session->at[call->member].handle;
         if (move) {
-            repeat_operations(call);
+            ha_repeat_operations(call);
             continue;
         }
         call->function = call->target->functions[call->row];
@@ -278,6 +304,15 @@ void ha_call_answer(ha_call *call, CK_RV rv)
     ha_call_done(call, rv);
 }
 
+/* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init. */
+static RARE void forget_half_taken(ha_call *call)
+{
+    ha_session *session = call->session;
+    bool there = session->active && session->member == call->member && session->at[call->member].epoch == call->epoch;
+    if (there && ha_rows[call->row].phase > HA_PHASE_INIT && ha_session_may_move(session))
+        ha_session_drop(session, call->member);
+}
+
 /* Judges an answer that is not simply CKR_OK. */
 void ha_call_judge(ha_call *call)
 {
@@ -285,57 +320,30 @@ void ha_call_judge(ha_call *call)
     if (call->rv == CKR_OK || (call->rv < HA_CODES && clean[call->rv])) {
         call->finished = 1;
         if (call->answered) ha_core.settled(call);
-    } else {
-        ask_core(call, ha_core.decide);
+    } else if (ask_core(call, ha_core.decide)) {
+        forget_half_taken(call);
     }
 }
 
-/* The Inits of all operations under way, again, on the member that `call` was given. */
-static void repeat_operations(ha_call *call)
+/* A member would not repeat what another has done: it is passed over, unless its answer says more than that. */
+void ha_call_refused(ha_call *call)
+{
+    const uint8_t *clean = atomic_load_explicit(&call->target->clean, memory_order_relaxed);
+    if (call->rv < HA_CODES && clean[call->rv])
+        call->tried |= 1U << call->member;
+    else
+        ask_core(call, ha_core.decide);
+}
+
+/* What the session has under way can be finished nowhere: it is told once. */
+void ha_operations_lost(ha_call *call)
 {
     ha_session *session = call->session;
-    for (unsigned k = 0; k < HA_OPS; k++) {
-        if (!(session->active >> k & 1)) continue;
-        struct ha_operation *operation = &session->operation[k];
-        ha_call init = {.row = ha_init_rows[k], .member = call->member, .epoch = call->epoch, .session = session};
-        init.slot = call->slot;
-        init.target = call->target;
-        init.member_session = call->member_session;
-        init.mechanism = &operation->mechanism;
-        CK_RV rv = CKR_OK;
-        if (operation->key) init.object[init.objects++] = operation->key;
-        init.member_mechanism = init.mechanism;
-        if (init.mechanism->pParameter) rv = ha_mechanism_objects(&init);
-        if (rv == CKR_OK && !resolve_objects(&init)) {
-            call->rv = CKR_OK;
-            init.tried = call->tried;
-            rv = ha_unseal(ha_core.locate(&init));
-            call->tried = init.tried;
-            free(init.mechanism_copy);
-            if (rv != HA_AGAIN) finish(call, rv);
-            return; /* route looks again */
-        }
-        if (rv == CKR_OK && init.translate) rv = ha_mechanism_translate(&init);
-        if (rv == CKR_OK) {
-            if (!ha_enter(call->target, call->epoch, &init)) {
-                free(init.mechanism_copy);
-                return;
-            }
-            rv = ha_replay(&init, k);
-            ha_leave(call->target, &init);
-        }
-        free(init.mechanism_copy);
-        if (rv != CKR_OK) {
-            ha_session_drop(session, call->member); /* an Init before this one may have worked */
-            call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
-            ask_core(call, ha_core.decide);
-            return;
-        }
-    }
-    int before = session->member;
-    session->member = call->member;
-    /* Where it was under way before, it still is: that session must not reach another user. */
-    if (before >= 0 && before != call->member && !(session->owns >> before & 1)) ha_session_drop(session, before);
+    int m = call->member = session->member;
+    if (m >= 0 && !(session->owns >> m & 1)) ha_session_drop(session, m);
+    ha_session_end_operations(session, session->active);
+    ha_core.operation_lost(call);
+    finish(call, CKR_DEVICE_ERROR);
 }
 
 /* The virtual handle of an object that the call made on its member. */
@@ -377,14 +385,18 @@ void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG co
             call->creates_token = 1;
 }
 
-/* Keeps an Init, so that it can be repeated on another member. */
-static inline void keep(struct ha_operation *operation, const ha_call *call, const struct ha_row *row)
+static inline void begun(const ha_call *call, const struct ha_row *row)
 {
-    ha_operation_forget(operation);
-    operation->key = row->bad_object[0] ? call->object[0] : CK_INVALID_HANDLE;
-    operation->mechanism = *call->mechanism;
-    operation->kept = !operation->mechanism.pParameter || !operation->mechanism.ulParameterLen;
-    if (!operation->kept) ha_mechanism_keep(operation);
+    ha_session *session = call->session;
+    struct ha_operation *operation = &session->operation[__builtin_ctz(row->ops)];
+    if (call->rv != CKR_OK) {
+        ha_operation_forget(operation);
+        return;
+    }
+    if (!session->active) session->member = call->member;
+    session->active |= row->ops;
+    /* What the member has written into the parameter (an IV of its own) no other would write. */
+    if (operation->parameter && !ha_mechanism_is(operation, call->mechanism)) operation->kept = false;
 }
 
 /* What the answer does to the session's operations (PKCS#11 5.2), then unlocks it. */
@@ -396,18 +408,8 @@ CK_RV ha_call_end(ha_call *call)
     if (row->ops) {
         bool ends = false;
         switch (row->phase) {
-        case HA_PHASE_INIT:
-            if (rv != CKR_OK) break;
-            if (!session->active) session->member = call->member;
-            session->active |= row->ops;
-            session->fresh |= row->ops;
-            if (row->keep) keep(&session->operation[__builtin_ctz(row->ops)], call, row);
-            break;
-        case HA_PHASE_UPDATE:
-            if (!call->query && rv != CKR_BUFFER_TOO_SMALL) session->fresh &= ~row->ops;
-            ends = rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL;
-            break;
-        case HA_PHASE_MESSAGE: session->fresh &= ~row->ops; break;
+        case HA_PHASE_INIT: begun(call, row); break;
+        case HA_PHASE_UPDATE: ends = rv != CKR_OK && rv != CKR_BUFFER_TOO_SMALL; break;
         case HA_PHASE_SINGLE:
         case HA_PHASE_FINAL: ends = !(rv == CKR_OK && call->query) && rv != CKR_BUFFER_TOO_SMALL; break;
         default: break;
@@ -415,22 +417,21 @@ CK_RV ha_call_end(ha_call *call)
         if (ends) ha_session_end_operations(session, row->ops);
     }
     if (call->mechanism_copy) free(call->mechanism_copy);
+    if (call->input) ha_call_wipe_input(call);
     ha_session_unlock(session);
     return rv;
 }
 
-/* Cancelling needs C_SessionCancel on the member that runs the operation (PKCS#11 3.0, 5.6.9). */
 CK_RV native_C_SessionCancel(CK_SESSION_HANDLE hSession, CK_FLAGS flags)
 {
-    ha_call call;
-    ha_call_init(&call, FN_C_SessionCancel);
-    if (!ha_call_begin(&call, hSession)) return call.rv;
-    while (!call.finished && ha_call_route(&call))
-        ha_call_done(&call, ((CK_C_SessionCancel)call.function)(call.member_session, flags));
-    if (call.rv == CKR_OK) {
-        for (unsigned k = 0; k < HA_OPS; k++)
-            if (ha_cancel_flags[k] & flags) ha_session_end_operations(call.session, 1U << k);
-        if (flags & CKF_FIND_OBJECTS) call.session->finding = false;
-    }
-    return ha_call_end(&call);
+    ha_session *session = ha_session_lock(hSession);
+    if (!session) return CKR_SESSION_HANDLE_INVALID;
+    ha_gate(session->slot);
+    uint32_t ops = 0;
+    for (unsigned k = 0; k < HA_OPS; k++)
+        if (ha_cancel_flags[k] & flags) ops |= session->active & 1U << k;
+    CK_RV rv = cancel(session, ops, flags);
+    if (rv == CKR_OK && flags & CKF_FIND_OBJECTS) session->finding = false;
+    ha_session_unlock(session);
+    return rv;
 }

@@ -21,6 +21,8 @@ typedef struct ha_call {
     CK_MECHANISM *mechanism;
     CK_MECHANISM *member_mechanism; /* `mechanism`, or a copy of it with the member's handles */
     void *mechanism_copy;
+    CK_BYTE *input; /* a copy of what the output would overwrite */
+    CK_ULONG input_size;
     CK_RV rv;                          /* the member's answer, at last the application's */
     CK_RV first_rv;                    /* of the first member that failed */
     unsigned row;                      /* index in the function table */
@@ -60,7 +62,7 @@ int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call);
 void ha_member_leave(ha_member *member, ha_call *call);
 
 /* ---- virtual slots ---- */
-ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance); /* NULL: too many */
+ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit); /* NULL: too many */
 void ha_slot_add(ha_slot *slot, ha_member *member);
 CK_SLOT_ID ha_slot_id(ha_slot *slot);
 void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up);

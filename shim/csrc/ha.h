@@ -74,6 +74,7 @@ struct ha_slot {
     _Atomic uint64_t check_at;                        /* monotonic ns after which the recovery check is due */
     _Atomic CK_ULONG login;
     _Atomic bool write_protected;
+    size_t replay_limit;     /* bytes of input kept of one operation */
     _Atomic bool replicates; /* objects made here are to be on every member: the core sees to it */
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t turn;
     _Alignas(HA_CACHE_LINE) _Atomic CK_ULONG sessions;
@@ -82,13 +83,16 @@ struct ha_slot {
 
 enum { HA_BALANCE_LEAST_BUSY, HA_BALANCE_ROUND_ROBIN, HA_BALANCE_PRIMARY_FIRST };
 
-/* What is kept of an operation's Init, so that it can be repeated on another member. */
+/* What is kept of an operation, so that it can be repeated on another member: see replay.c. */
 struct ha_operation {
-    bool kept;
+    bool kept;            /* all of it is known */
     CK_OBJECT_HANDLE key; /* virtual, 0: none */
     CK_MECHANISM mechanism;
     void *parameter; /* our deep copy, wiped and freed with the operation */
     size_t parameter_size;
+    unsigned char *journal; /* what it has taken and given since its Init; NULL: nothing */
+    size_t journal_room, journal_end;
+    size_t taken; /* bytes of input in it */
 };
 
 enum { HA_HIDDEN = -1 }; /* as a virtual handle: an object that applications do not see */
@@ -97,13 +101,13 @@ struct ha_session {
     _Alignas(HA_CACHE_LINE) _Atomic uint64_t word; /* handle << 2 | waiters | locked */
     ha_slot *slot;
     CK_FLAGS flags;
-    uint32_t active; /* operations under way, HA_OP_* */
-    uint32_t fresh;  /* those of them that have taken no input yet */
-    int member;      /* that they run on */
-    int last_member; /* that served last */
-    uint32_t turn;   /* of its choices among members that are equally busy */
-    uint32_t owns;   /* members on which this session has session objects */
-    uint32_t made;   /* members that have made an object which no other has */
+    uint32_t active;     /* operations under way, HA_OP_* */
+    uint32_t in_message; /* those of them that are inside a message of several parts */
+    int member;          /* that they run on, -1: none yet */
+    int last_member;     /* that served last */
+    uint32_t turn;       /* of its choices among members that are equally busy */
+    uint32_t owns;       /* members on which this session has session objects */
+    uint32_t made;       /* members that have made an object which no other has */
     bool finding;
     CK_OBJECT_HANDLE *found;
     size_t found_count, found_next;
@@ -210,6 +214,7 @@ static inline void ha_call_init(ha_call *call, unsigned row)
     call->session = NULL;
     call->mechanism = NULL;
     call->mechanism_copy = NULL;
+    call->input = NULL;
     call->rv = call->first_rv = CKR_OK;
     call->row = row;
     call->member = -1;
@@ -257,9 +262,14 @@ struct ha_parameter { /* layout of one mechanism parameter structure, generated;
 const struct ha_parameter *ha_parameter_of(CK_MECHANISM_TYPE type); /* generated; NULL: not in the table */
 void ha_mechanism_keep(struct ha_operation *operation);
 void ha_operation_wipe(struct ha_operation *operation);
+bool ha_mechanism_is(const struct ha_operation *kept, const CK_MECHANISM *mechanism);
+bool ha_mechanism_restore(struct ha_operation *operation);
+bool ha_message_repeatable(CK_MECHANISM_TYPE type, const void *parameter, CK_ULONG size); /* generated */
+void ha_journal_wipe(struct ha_operation *operation);
 static inline void ha_operation_forget(struct ha_operation *operation)
 {
     if (operation->parameter) ha_operation_wipe(operation);
+    if (operation->journal) ha_journal_wipe(operation);
     operation->kept = false;
 }
 CK_RV ha_mechanism_objects(ha_call *call);
@@ -272,7 +282,7 @@ static inline void ha_session_end_operations(ha_session *session, uint32_t ops)
 {
     for (uint32_t left = ops; left; left &= left - 1) ha_operation_forget(&session->operation[__builtin_ctz(left)]);
     session->active &= ~ops;
-    session->fresh &= ~ops;
+    session->in_message &= ~ops;
 }
 
 /* ---- call.c ---- */
@@ -282,7 +292,39 @@ CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDL
 CK_RV ha_call_end(ha_call *call);
 bool ha_call_replicates(const ha_call *call);
 void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count);
-CK_RV ha_replay(ha_call *call, unsigned op); /* generated: the Init of one operation on call's member */
+void ha_call_refused(ha_call *call);
+void ha_operations_lost(ha_call *call);
+
+/* ---- replay.c ---- */
+void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, CK_ULONG in_size, const void *out,
+                CK_ULONG out_size);
+bool ha_journal_restore(struct ha_operation *operation, unsigned op, const void *journal, size_t size);
+uint32_t ha_without_operation_keys(const ha_session *session, uint32_t candidates);
+void ha_repeat_operations(ha_call *call);
+void ha_call_copy_input(ha_call *call, CK_BYTE_PTR *in, CK_ULONG size);
+void ha_call_wipe_input(ha_call *call);
+/* Generated: the Init of one operation, and a part that it has taken, on the call's member. */
+CK_RV ha_replay(ha_call *call, unsigned op, const unsigned char *in, CK_ULONG in_size);
+CK_RV ha_replay_part(ha_call *call, const unsigned char *in, CK_ULONG in_size, unsigned char *out, CK_ULONG *out_size);
+
+/* Input that lies where the output goes is copied: who comes second must not be given what the first has made of it. */
+static inline void ha_call_keep_apart(ha_call *call, CK_BYTE_PTR *in, CK_ULONG size, const CK_BYTE *out, CK_ULONG room)
+{
+    const uintptr_t from = (uintptr_t)*in, to = (uintptr_t)out;
+    if (__builtin_expect(out && (to - from < size || from - to < room), 0)) ha_call_copy_input(call, in, size);
+}
+
+/* A length of more than there was room for is no answer: what it counts is somebody else's memory. */
+static inline CK_RV ha_bounded(CK_RV rv, const void *out, CK_ULONG length, CK_ULONG capacity)
+{
+    return __builtin_expect(rv == CKR_OK && out && length > capacity, 0) ? CKR_DEVICE_ERROR : rv;
+}
+
+enum ha_message_part { HA_MESSAGE_WHOLE, HA_MESSAGE_BEGINS, HA_MESSAGE_GOES_ON, HA_MESSAGE_ENDS };
+void ha_message_taken(ha_call *call, enum ha_message_part part, const void *parameter, CK_ULONG size);
+
+/* ---- state.c ---- */
+void ha_states_forget(void);
 
 typedef struct { /* what C_GetAttributeValue's lengths were, for a second member */
     CK_ULONG few[16], *length, count;

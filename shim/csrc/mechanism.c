@@ -68,6 +68,43 @@ RARE void ha_mechanism_keep(struct ha_operation *operation)
     operation->kept = true;
 }
 
+/* Whether a mechanism is as it was kept: a member may have written into what its parameter points to. */
+RARE bool ha_mechanism_is(const struct ha_operation *kept, const CK_MECHANISM *mechanism)
+{
+    const char *ours = kept->parameter, *theirs = mechanism->pParameter;
+    const struct ha_parameter *layout = ours ? ha_parameter_of(mechanism->mechanism) : NULL;
+    if (!layout) return true;
+    if (!layout->buffers) return memcmp(ours, theirs, kept->mechanism.ulParameterLen) == 0;
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        size_t length = get_size(ours, layout->buffer[k].length);
+        const void *before = get_pointer(ours, layout->buffer[k].pointer);
+        const void *now = get_pointer(theirs, layout->buffer[k].pointer);
+        if (length != get_size(theirs, layout->buffer[k].length) || !before != !now) return false;
+        if (before && memcmp(before, now, length) != 0) return false;
+    }
+    return true;
+}
+
+/* A kept parameter that was copied as it lies: its pointers are put right. False: its lengths do not add up. */
+bool ha_mechanism_restore(struct ha_operation *operation)
+{
+    const struct ha_parameter *layout = ha_parameter_of(operation->mechanism.mechanism);
+    size_t end = operation->mechanism.ulParameterLen;
+    if (!layout || !layout->kept || end > operation->parameter_size) return false;
+    if (layout->size && layout->size != end) return false;
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        char *parameter = operation->parameter;
+        size_t length = get_size(parameter, layout->buffer[k].length);
+        if (!get_pointer(parameter, layout->buffer[k].pointer)) continue;
+        if (length > operation->parameter_size - end) return false;
+        void *inside = parameter + end;
+        memcpy(parameter + layout->buffer[k].pointer, &inside, sizeof inside);
+        end += length;
+    }
+    operation->mechanism.pParameter = operation->parameter;
+    return end == operation->parameter_size;
+}
+
 /* Adds the virtual handles inside the mechanism's parameter to the call's objects. */
 CK_RV ha_mechanism_objects(ha_call *call)
 {

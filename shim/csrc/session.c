@@ -269,7 +269,7 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
     if (session) {
         session->slot = slot;
         session->flags = flags;
-        session->active = session->fresh = session->owns = session->made = 0;
+        session->active = session->in_message = session->owns = session->made = 0;
         session->finding = false;
         session->member = session->last_member = -1;
         session->turn = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed);
@@ -380,28 +380,6 @@ CK_RV native_C_GetFunctionStatus(CK_SESSION_HANDLE hSession)
 CK_RV native_C_CancelFunction(CK_SESSION_HANDLE hSession)
 {
     return not_parallel(hSession);
-}
-
-/* A member's saved state means nothing to another member, so none is given out yet (PKCS#11 5.6.5). */
-CK_RV native_C_GetOperationState(CK_SESSION_HANDLE hSession, CK_BYTE_PTR pOperationState,
-                                 CK_ULONG_PTR pulOperationStateLen)
-{
-    (void)pOperationState, (void)pulOperationStateLen;
-    ha_session *session = ha_session_lock(hSession);
-    if (!session) return CKR_SESSION_HANDLE_INVALID;
-    CK_RV rv = session->active ? CKR_STATE_UNSAVEABLE : CKR_OPERATION_NOT_INITIALIZED;
-    ha_session_unlock(session);
-    return rv;
-}
-
-CK_RV native_C_SetOperationState(CK_SESSION_HANDLE hSession, CK_BYTE_PTR pOperationState, CK_ULONG ulOperationStateLen,
-                                 CK_OBJECT_HANDLE hEncryptionKey, CK_OBJECT_HANDLE hAuthenticationKey)
-{
-    (void)pOperationState, (void)ulOperationStateLen, (void)hEncryptionKey, (void)hAuthenticationKey;
-    ha_session *session = ha_session_lock(hSession);
-    if (!session) return CKR_SESSION_HANDLE_INVALID;
-    ha_session_unlock(session);
-    return CKR_SAVED_STATE_INVALID;
 }
 
 /* Sessions are never opened with CKF_ASYNC_SESSION, so there is nothing these could ask about. */

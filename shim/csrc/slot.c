@@ -10,7 +10,7 @@ enum { MAX_SLOTS = 512 };
 static ha_slot *slots[MAX_SLOTS];
 static _Atomic unsigned slot_count;
 
-ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance)
+ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit)
 {
     unsigned n = atomic_load(&slot_count);
     if (n == MAX_SLOTS) return NULL;
@@ -24,6 +24,7 @@ ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance)
     memset(slot, 0, sizeof *slot);
     slot->id = id;
     slot->balance = balance;
+    slot->replay_limit = replay_limit;
     atomic_store(&slot->check_at, UINT64_MAX);
     /* Programs that live for one call each must not all begin with the same member. */
     atomic_store(&slot->turn, (uint32_t)getpid());

@@ -16,6 +16,7 @@ SYSTEM_PATH = "/etc/pkcs11-ha/pkcs11-ha.toml"
 SYSTEM_STATE = "/run/pkcs11-ha"
 PROFILES = ("auto", "softhsm", "p11-kit", "generic")
 MEMBERS_MAX = 32
+REPLAY_LIMIT = 1 << 20
 
 ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
 """The variables that say where things are."""
@@ -79,6 +80,7 @@ class GroupConfig:
     min_copies: int
     escrow: Escrow
     session_keys: SessionKeys
+    replay_limit_bytes: int
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,10 @@ _COPIES = _form(
     "a whole number from 1 to 32",
     lambda given: _is_number(given) and isinstance(given, int) and 1 <= given <= 32,
 )
+_BYTES = _form(
+    "a whole number of bytes, 0 or more, 1 GiB at most",
+    lambda given: _is_number(given) and isinstance(given, int) and 0 <= given <= 1 << 30,
+)
 # A name becomes part of paths, where "." and ".." are something else.
 _NAME = _form(
     "a name of letters, digits and . _ -",
@@ -290,6 +296,13 @@ OPTIONS = (
     Option("group", "escrow", _choice(get_args(Escrow)), "token", "Wrapped keys kept on the tokens, or not."),
     Option(
         "group", "session_keys", _choice(get_args(SessionKeys)), "pin", "Whether they can change members."
+    ),
+    Option(
+        "group",
+        "replay_limit_bytes",
+        _BYTES,
+        REPLAY_LIMIT,
+        "Input of one operation that is kept, in locked memory, so that it can go on on another member.",
     ),
 )
 """Every option there is: what is not here is an unknown key."""

@@ -197,20 +197,14 @@ def test_operation_is_repeated_with_the_parameter_as_it_was(pair: Pair, start: S
     use.keys.check_pss(use.session.output("C_Sign", DIGEST, len(DIGEST)))
 
 
-def test_interrupted_operation_of_several_parts_fails_once_and_never_silently(
-    pair: Pair, start: StartFactory
-) -> None:
+def test_interrupted_operation_of_several_parts_goes_on(pair: Pair, start: StartFactory) -> None:
     use = Use.begin(start(*pair.members()), pair.keys, pair.pin)
     use.session.init("C_SignInit", p11.CKM_SHA256_HMAC, use.hmac)
     use.session.feed("C_SignUpdate", DATA[:10])
     serving = use.app.served(use.session)
     pair.named(serving).kill()
-    answer = code(lambda: use.session.feed("C_SignUpdate", DATA[10:]))
-    assert answer in ("CKR_OK", "CKR_DEVICE_ERROR")
-    if answer == "CKR_OK":
-        use.keys.check_hmac(use.session.output("C_SignFinal"))
-    else:
-        assert code(lambda: use.session.output("C_SignFinal")) == "CKR_OPERATION_NOT_INITIALIZED"
+    use.session.feed("C_SignUpdate", DATA[10:])
+    use.keys.check_hmac(use.session.output("C_SignFinal"))
     operations.sign_hmac(use)  # the session is usable at once
     operations.encrypt_aes(use)
 
@@ -231,17 +225,17 @@ def test_interrupted_final_never_gives_out_half_a_result(pair: Pair, start: Star
             output = create_string_buffer(64)
             use.session.call("C_EncryptUpdate", DATA[:32], 32, output, byref(size))
     pair.named(use.app.served(use.session)).kill()
-    results: list[bytes] = []
-    answer = code(lambda: results.append(use.session.output(final)))
-    assert answer == "CKR_DEVICE_ERROR" or results
-    for result in results:
-        match final:
-            case "C_SignFinal":
-                use.keys.check_hmac(result)
-            case "C_DigestFinal":
-                assert result == DIGEST
-            case _:
-                assert output.raw[: size.value] + result == use.keys.aes_ecb(DATA[:32])
+    given = c_ulong(64)  # not what a query says: p11-kit's client takes room for nothing as too little
+    room = create_string_buffer(64)
+    use.session.call(final, room, byref(given))
+    result = room.raw[: given.value]
+    match final:
+        case "C_SignFinal":
+            use.keys.check_hmac(result)
+        case "C_DigestFinal":
+            assert result == DIGEST
+        case _:
+            assert output.raw[: size.value] + result == use.keys.aes_ecb(DATA[:32])
     operations.sign_ecdsa(use)
     operations.digest(use)
 

@@ -91,6 +91,7 @@ def test_smallest_configuration_has_the_documented_defaults() -> None:
                 min_copies=1,
                 escrow="token",
                 session_keys="pin",
+                replay_limit_bytes=1048576,
             ),
         ),
     )
@@ -136,6 +137,7 @@ replication = "domain"
 min_copies = 2
 escrow = "none"
 session_keys = "replicate"
+replay_limit_bytes = 0
 """
 
 
@@ -160,7 +162,7 @@ def test_every_option_can_be_set() -> None:
     assert given_.groups == (
         GroupConfig(
             *("prod", "1599447001", "", "K6 Base", ("east",), ("spare",)),
-            *("primary-first", "domain", 2, "none", "replicate"),
+            *("primary-first", "domain", 2, "none", "replicate", 0),
         ),
     )
 

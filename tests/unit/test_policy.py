@@ -86,11 +86,11 @@ def test_dead_member_is_lost_whatever_it_was_asked(judged: Judged) -> None:
 
 
 def test_only_a_dead_member_is_lost_without_another_s_word(judged: Judged) -> None:
-    """SESSION twice is as good as dead: new sessions are of no use there."""
+    """A second time after a new session, or a new start of the library, is as good as dead."""
 
     def rule(answer: Answer, verdict: Verdict) -> bool:
         lost = verdict in (Verdict.LOSE, Verdict.LOSE_AND_TELL)
-        twice = answer.code is Code.SESSION and Code.SESSION in answer.repaired
+        twice = answer.code in (Code.SESSION, Code.LIBRARY) and answer.code in answer.repaired
         return not lost or answer.code is Code.DEAD or twice
 
     assert not broken(judged, rule)

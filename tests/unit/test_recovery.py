@@ -130,7 +130,7 @@ class Plane:
     def ha_secret_new(self, *_pin: object) -> object:
         return object()
 
-    def ha_slot_new(self, slot: int, _balance: int) -> int:
+    def ha_slot_new(self, slot: int, _balance: int, _replay_limit: int) -> int:
         return slot
 
     def ha_slot_check_at(self, slot: int, at: int) -> None:

@@ -70,7 +70,7 @@ def judge(answer: Answer) -> Verdict:
     code = answer.code
     if code is Code.CLEAN:
         return Verdict.ANSWER
-    if code is Code.DEAD or (code is Code.SESSION and code in answer.repaired):
+    if code is Code.DEAD or (code in (Code.SESSION, Code.LIBRARY) and code in answer.repaired):
         return Verdict.LOSE if repeatable(answer) else Verdict.LOSE_AND_TELL
     if code is Code.SUSPECT:
         return Verdict.SUSPECT if repeatable(answer) and answer.can_move else Verdict.PROBE
@@ -81,7 +81,7 @@ def judge(answer: Answer) -> Verdict:
     if code is Code.OPERATION and not _stale_operation(answer):
         return Verdict.ANSWER
     if code in answer.repaired:
-        return Verdict.ELSEWHERE if code is Code.HANDLE and answer.can_move else Verdict.ANSWER
+        return Verdict.ELSEWHERE if repeatable(answer) and answer.can_move else Verdict.ANSWER
     return _REPAIRS[
         code
     ]  # an operation that cannot be begun again is found lost with its session, and said so

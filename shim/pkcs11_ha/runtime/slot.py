@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.config import GroupConfig
+from pkcs11_ha.config import REPLAY_LIMIT, GroupConfig
 from pkcs11_ha.core.policy import Standing, serving
 from pkcs11_ha.core.recovery import NEVER_NS
 from pkcs11_ha.log import Event
@@ -60,7 +60,8 @@ class VirtualSlot:
         self.face = face
         self.members = tuple(members)
         self.standbys = standbys  # the last so many of `members`
-        self.native: Any = native.lib.ha_slot_new(slot_id, _BALANCE[balance])
+        replay_limit = REPLAY_LIMIT if group is None else group.replay_limit_bytes
+        self.native: Any = native.lib.ha_slot_new(slot_id, _BALANCE[balance], replay_limit)
         for member in members:
             native.lib.ha_slot_add(self.native, member.native)
         self.flags = _slot_flags([m.slot_flags for m in members if m.slot_flags is not None])

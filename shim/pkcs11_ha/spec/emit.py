@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .functions import FUNCTIONS, Effect, Function, Op, Phase, Role, Route
-from .mechanisms import BYTES, KEY_DERIVATION_ARRAYS, MECHANISMS, PARAMETERS, Parameter
+from .mechanisms import BYTES, KEY_DERIVATION_ARRAYS, MECHANISMS, MESSAGES, PARAMETERS, Parameter
 from .signature import Argument
 
 Prototypes = Mapping[str, Sequence[Argument]]
@@ -153,7 +153,12 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
         forward.append(passed)
     if row.effect is Effect.CREATE:
         after.append("if (call.rv == CKR_OK) call.rv = ha_mechanism_adopt(&call);")
+    after += _journal(row, arguments)
     function = f"((CK_{row.name})call.function)({', '.join(forward)})"
+    for out, length in zip(
+        _named(row, arguments, Role.OUT), _named(row, arguments, Role.OUT_LEN), strict=True
+    ):
+        function = f"ha_bounded({function}, {out}, *{length}, capacity)"
     lines = ["    ha_call call;", f"    ha_call_init(&call, FN_{row.name});"]
     lines += [f"    {line}" for line in before]
     begin = f"ha_call_begin(&call, {session})"
@@ -163,6 +168,7 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     lines.append(f"    if (!{begin}) {give_up}")
     if _may_replicate(row):
         lines += _to_the_core(row, arguments)
+    lines += _keep_apart(row, arguments)
     if each:
         lines.append("    while (!call.finished && ha_call_route(&call)) {")
         lines += [f"        {line}" for line in each]
@@ -172,6 +178,65 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     lines += [f"    {line}" for line in after]
     lines.append("    return ha_call_end(&call);")
     return _checks(row, arguments) + "\n".join(lines) + "\n"
+
+
+def _named(row: Function, arguments: Sequence[Argument], role: Role) -> list[str]:
+    return [a.name for given, a in zip(row.roles, arguments, strict=True) if given is role]
+
+
+def _keep_apart(row: Function, arguments: Sequence[Argument]) -> list[str]:
+    """Operations that write beside what they read: applications give the same buffer for both."""
+    inputs, lengths = _named(row, arguments, Role.IN), _named(row, arguments, Role.IN_LEN)
+    outputs = _named(row, arguments, Role.OUT)
+    if not (row.ops and inputs and outputs):
+        return []
+    return [f"    ha_call_keep_apart(&call, &{inputs[-1]}, {lengths[-1]}, {outputs[0]}, capacity);"]
+
+
+def _journal(row: Function, arguments: Sequence[Argument]) -> list[str]:
+    """What a part of an operation adds to what is known of it; of a dual function, to each of the two."""
+    if row.phase is Phase.MESSAGE:
+        return [f"ha_message_taken(&call, {_message_part(row)}, {arguments[1].name}, {arguments[2].name});"]
+    keeps_input = row.phase is Phase.INIT and Role.IN in row.roles
+    if not (row.ops and (row.phase is Phase.UPDATE or keeps_input)):
+        return []
+    objects = _named(row, arguments, Role.OBJECT)
+    if row.phase is Phase.UPDATE and objects:
+        taken = f"&{objects[0]}, sizeof {objects[0]}"
+    else:
+        taken = f"{_named(row, arguments, Role.IN)[-1]}, {_named(row, arguments, Role.IN_LEN)[-1]}"
+    outputs = _named(row, arguments, Role.OUT)
+    given = f"{outputs[0]}, *{_named(row, arguments, Role.OUT_LEN)[0]}" if outputs else "NULL, 0"
+    condition = "call.rv == CKR_OK && !call.query" if outputs else "call.rv == CKR_OK"
+    lines = []
+    for op in OPERATIONS:
+        if not row.ops & op:
+            continue
+        own = row if row.ops == op else _update_of(op)
+        if Role.OUT in own.roles or not outputs:
+            in_out = f"{taken}, {given}"
+        else:  # beside an encryption it takes the same, beside a decryption what comes out of that
+            in_out = f"{given if row.ops & Op.DECRYPT else taken}, NULL, 0"
+        lines.append(f"if ({condition}) ha_journal(&call, {_number(op)}, FN_{own.name}, {in_out});")
+    return lines
+
+
+def _message_part(row: Function) -> str:
+    if row.name.endswith("Begin"):
+        return "HA_MESSAGE_BEGINS"
+    if not row.name.endswith("Next"):
+        return "HA_MESSAGE_WHOLE"
+    last = "flags & CKF_END_OF_MESSAGE" if Role.OUT in row.roles else "pSignature"
+    return f"{last} ? HA_MESSAGE_ENDS : HA_MESSAGE_GOES_ON"
+
+
+def _number(op: Op) -> int:
+    return OPERATIONS.index(op)
+
+
+def _update_of(op: Op) -> Function:
+    """The function that feeds this operation alone."""
+    return next(row for row in FUNCTIONS if row.ops == op and row.phase is Phase.UPDATE)
 
 
 def _may_replicate(row: Function) -> bool:
@@ -288,25 +353,39 @@ def _init_of(op: Op) -> Function:
 
 
 def _replayable(row: Function) -> bool:
-    """An Init is kept for a repetition if a mechanism and at most a key are all it takes."""
-    return row.phase is Phase.INIT and row.roles[1:] in ((Role.MECHANISM,), (Role.MECHANISM, Role.OBJECT))
+    """An Init that takes a mechanism can be repeated; all of them but that of a search do."""
+    return row.phase is Phase.INIT and Role.MECHANISM in row.roles
 
 
 def _replay() -> str:
-    cases = []
-    for index, op in enumerate(OPERATIONS):
-        row = _init_of(op)
-        if not _replayable(row):
-            continue
-        key = ", call->member_object[0]" if Role.OBJECT in row.roles else ""
-        function = f"(CK_{row.name})call->target->functions[FN_{row.name}]"
-        cases.append(
-            f"    case {index}:\n        return (({function}))(call->member_session, call->member_mechanism{key});"
-        )
+    inits, parts = [], []
+    for row in FUNCTIONS:
+        function = f"((CK_{row.name})call->target->functions[FN_{row.name}])"
+        if _replayable(row):
+            key = ", call->member_object[0]" if Role.OBJECT in row.roles else ""
+            taken = ", (CK_BYTE_PTR)in, in_size" if Role.IN in row.roles else ""
+            passed = f"call->member_session, call->member_mechanism{key}{taken}"
+            inits.append(f"    case {_number(row.ops)}: return {function}({passed});")
+        if row.phase is Phase.UPDATE and row.ops in OPERATIONS:
+            passed = "call->member_object[0]" if Role.OBJECT in row.roles else "(CK_BYTE_PTR)in, in_size"
+            if Role.OUT in row.roles:
+                parts.append(
+                    f"    case FN_{row.name}: return {function}(call->member_session, {passed}, out, out_size);"
+                )
+            else:
+                parts.append(
+                    f"    case FN_{row.name}: *out_size = 0; return {function}(call->member_session, {passed});"
+                )
     return (
-        "CK_RV ha_replay(ha_call *call, unsigned op)\n{\n"
+        "CK_RV ha_replay(ha_call *call, unsigned op, const unsigned char *in, CK_ULONG in_size)\n{\n"
         "    if (!call->target->functions[ha_init_rows[op]]) return CKR_FUNCTION_NOT_SUPPORTED;\n"
-        "    switch (op) {\n" + "\n".join(cases) + "\n    default: return CKR_FUNCTION_FAILED;\n    }\n}\n"
+        "    switch (op) {\n" + "\n".join(inits) + "\n    default: return CKR_FUNCTION_FAILED;\n    }\n}\n\n"
+        "CK_RV ha_replay_part(ha_call *call, const unsigned char *in, CK_ULONG in_size, unsigned char *out,"
+        " CK_ULONG *out_size)\n{\n"
+        "    if (!call->target->functions[call->row]) return CKR_FUNCTION_NOT_SUPPORTED;\n"
+        "    switch (call->row) {\n"
+        + "\n".join(parts)
+        + "\n    default: return CKR_FUNCTION_FAILED;\n    }\n}\n"
     )
 
 
@@ -407,11 +486,29 @@ def parameters() -> str:
         "const struct ha_parameter *ha_parameter_of(CK_MECHANISM_TYPE type)\n{\n    switch (type) {\n"
         + "\n".join(cases)
         + "\n    default: return NULL;\n    }\n}\n\n"
-        "/* The data parameters of a key derivation; false: it makes more keys than we could name. */\n"
+        + _message_parameters()
+        + "/* The data parameters of a key derivation; false: it makes more keys than we could name. */\n"
         "bool ha_derivation_data(const CK_MECHANISM *mechanism, CK_PRF_DATA_PARAM **data, CK_ULONG *count)\n{\n"
         "    *count = 0;\n    switch (mechanism->mechanism) {\n"
         + "\n".join(arrays)
         + "\n    default: return true;\n    }\n}\n"
+    )
+
+
+def _message_parameters() -> str:
+    cases = []
+    for mechanism, (structure, generator) in MESSAGES.items():
+        lines = [f"    case {mechanism}:", f"        if (size != sizeof({structure})) return false;"]
+        if generator:
+            lines.append(f"        generator = ((const {structure} *)parameter)->{generator};")
+        cases.append("\n".join([*lines, "        break;"]))
+    return (
+        "/* A message with this parameter counts for nothing in the next: its IV is given, or drawn at random. */\n"
+        "bool ha_message_repeatable(CK_MECHANISM_TYPE type, const void *parameter, CK_ULONG size)\n{\n"
+        "    CK_ULONG generator = CKG_NO_GENERATE;\n    if (!parameter) return true;\n    switch (type) {\n"
+        + "\n".join(cases)
+        + "\n    default: return false;\n    }\n"
+        "    return generator == CKG_NO_GENERATE || generator == CKG_GENERATE_RANDOM;\n}\n\n"
     )
 
 

@@ -213,3 +213,12 @@ KEY_DERIVATION_ARRAYS: dict[str, str] = {
     "CKM_SP800_108_DOUBLE_PIPELINE_KDF": "CK_SP800_108_KDF_PARAMS",
     "CKM_SP800_108_FEEDBACK_KDF": "CK_SP800_108_FEEDBACK_KDF_PARAMS",
 }
+
+# Parameters of single messages (PKCS#11 3.0), by the mechanism of the operation: structure, and its field with the IV
+# generator, if it has one.
+MESSAGES: dict[str, tuple[str, str | None]] = {
+    "CKM_AES_GCM": ("CK_GCM_MESSAGE_PARAMS", "ivGenerator"),
+    "CKM_AES_CCM": ("CK_CCM_MESSAGE_PARAMS", "nonceGenerator"),
+    "CKM_CHACHA20_POLY1305": ("CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS", None),
+    "CKM_SALSA20_POLY1305": ("CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS", None),
+}

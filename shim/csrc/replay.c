@@ -1,0 +1,325 @@
+/*
+ * Replay: what an operation has taken and given since its Init, and how it is done again on another member.
+ *
+ * Each operation of a session has a journal, in locked pages: an entry for every part it took, with what came out.
+ * Dual functions are two entries, one in the journal of each operation: what one does is what the other takes.  After
+ * a fault the Init is repeated elsewhere and the entries behind it; output that the application has got already
+ * must come out again byte for byte, or the operation is lost and said to be.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "ha.h"
+#include "wire.h" /* ha_secret_pages */
+
+enum { JOURNAL_ROOM = 1 << 14, IDLE_JOURNALS = 64 };
+
+/* What follows it: the input, then the output, padded together. */
+struct entry {
+    uint32_t row;
+    uint32_t padding;
+    size_t in, out;
+};
+
+static size_t entry_size(size_t in, size_t out)
+{
+    return (sizeof(struct entry) + in + out + 7) & ~(size_t)7;
+}
+
+/* ---- pages: kept, wiped, between operations ---- */
+
+static _Atomic(unsigned char *) idle[IDLE_JOURNALS];
+
+static unsigned char *take_pages(size_t size)
+{
+    for (unsigned k = 0; size == JOURNAL_ROOM && k < IDLE_JOURNALS; k++) {
+        if (!atomic_load_explicit(&idle[k], memory_order_relaxed)) continue;
+        unsigned char *pages = atomic_exchange(&idle[k], NULL);
+        if (pages) return pages;
+    }
+    unsigned char *pages = ha_secret_pages(size);
+    if (pages) mlock(pages, size); /* may be refused (RLIMIT_MEMLOCK): swapping is then the system's affair */
+    return pages;
+}
+
+static void give_pages(unsigned char *pages, size_t size, size_t used)
+{
+    explicit_bzero(pages, used);
+    for (unsigned k = 0; size == JOURNAL_ROOM && k < IDLE_JOURNALS; k++) {
+        unsigned char *none = NULL;
+        if (atomic_compare_exchange_strong(&idle[k], &none, pages)) return;
+    }
+    munmap(pages, size);
+}
+
+/* ---- the journal ---- */
+
+RARE void ha_journal_wipe(struct ha_operation *operation)
+{
+    give_pages(operation->journal, operation->journal_room, operation->journal_end);
+    operation->journal = NULL;
+    operation->journal_room = operation->journal_end = operation->taken = 0;
+}
+
+static bool reserve(struct ha_operation *operation, size_t more)
+{
+    size_t room = operation->journal ? operation->journal_room : JOURNAL_ROOM;
+    while (room - operation->journal_end < more) room *= 2;
+    if (operation->journal && room == operation->journal_room) return true;
+    unsigned char *pages = take_pages(room);
+    if (!pages) return false;
+    if (operation->journal) {
+        memcpy(pages, operation->journal, operation->journal_end);
+        give_pages(operation->journal, operation->journal_room, operation->journal_end);
+    }
+    operation->journal = pages;
+    operation->journal_room = room;
+    return true;
+}
+
+/* Adds a part that the operation `op` of the call's session has taken, as if by a call of `row`. */
+RARE void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, CK_ULONG in_size, const void *out,
+                     CK_ULONG out_size)
+{
+    struct ha_operation *operation = &call->session->operation[op];
+    if (!operation->kept) return;
+    const struct entry entry = {.row = row, .in = in_size, .out = out_size};
+    if (in_size > call->slot->replay_limit - operation->taken || out_size > HA_WIRE_MAX ||
+        !reserve(operation, entry_size(in_size, out_size))) {
+        operation->kept = false; /* more than may be kept: from here on it cannot be repeated */
+        if (operation->journal) ha_journal_wipe(operation);
+        return;
+    }
+    unsigned char *at = operation->journal + operation->journal_end;
+    memcpy(at, &entry, sizeof entry);
+    if (in_size) memcpy(at + sizeof entry, in, in_size);
+    if (out_size) memcpy(at + sizeof entry + in_size, out, out_size);
+    operation->journal_end += entry_size(in_size, out_size);
+    operation->taken += in_size;
+}
+
+/* What a message does to its operation: between messages it can be repeated, as long as no member counts IVs. */
+void ha_message_taken(ha_call *call, enum ha_message_part part, const void *parameter, CK_ULONG size)
+{
+    const uint32_t ops = ha_rows[call->row].ops;
+    ha_session *session = call->session;
+    struct ha_operation *operation = &session->operation[__builtin_ctz(ops)];
+    if (call->query || call->rv == CKR_BUFFER_TOO_SMALL) return;
+    if (ops == ha_rows[FN_C_MessageEncryptInit].ops &&
+        !ha_message_repeatable(operation->mechanism.mechanism, parameter, size))
+        operation->kept = false;
+    if (part == HA_MESSAGE_BEGINS) session->in_message |= ops;
+    if (part == HA_MESSAGE_ENDS && call->rv == CKR_OK) session->in_message &= ~ops;
+}
+
+/* The next entry from `at` on; NULL: none. */
+static const unsigned char *next_entry(const struct ha_operation *operation, size_t *at, struct entry *entry)
+{
+    if (*at >= operation->journal_end) return NULL;
+    const unsigned char *start = operation->journal + *at;
+    memcpy(entry, start, sizeof *entry);
+    *at += entry_size(entry->in, entry->out);
+    return start + sizeof *entry;
+}
+
+/* Entries that fill a journal, of rows that feed the operation, and no more input than may be kept. */
+static bool is_sound(struct ha_operation *operation, unsigned op)
+{
+    for (size_t at = 0; at < operation->journal_end;) {
+        struct entry entry;
+        size_t left = operation->journal_end - at;
+        if (left < sizeof entry) return false;
+        memcpy(&entry, operation->journal + at, sizeof entry);
+        if (entry.row >= HA_FUNCTIONS || entry.in > left || entry.out > left) return false;
+        if (entry_size(entry.in, entry.out) > left) return false;
+        if (ha_rows[entry.row].ops != 1U << op || ha_rows[entry.row].phase != HA_PHASE_UPDATE) return false;
+        if (entry.row == FN_C_DigestKey && entry.in != sizeof(CK_OBJECT_HANDLE)) return false;
+        operation->taken += entry.in;
+        at += entry_size(entry.in, entry.out);
+    }
+    return true;
+}
+
+/* A journal that was outside (C_SetOperationState). False: no memory, or it is none. */
+bool ha_journal_restore(struct ha_operation *operation, unsigned op, const void *journal, size_t size)
+{
+    operation->journal_end = operation->taken = 0;
+    if (!size) return true;
+    if (!reserve(operation, size)) return false;
+    memcpy(operation->journal, journal, size);
+    operation->journal_end = size;
+    return is_sound(operation, op);
+}
+
+static CK_OBJECT_HANDLE handle_in(const unsigned char *in)
+{
+    CK_OBJECT_HANDLE object;
+    memcpy(&object, in, sizeof object);
+    return object;
+}
+
+/* The members of `candidates` that may have all keys of the operations under way. */
+uint32_t ha_without_operation_keys(const ha_session *session, uint32_t candidates)
+{
+    for (uint32_t left = session->active; left; left &= left - 1) {
+        const struct ha_operation *operation = &session->operation[__builtin_ctz(left)];
+        const unsigned char *in;
+        struct entry entry;
+        if (operation->key) candidates &= ~ha_object_absent_mask(operation->key);
+        for (size_t at = 0; (in = next_entry(operation, &at, &entry));)
+            if (entry.row == FN_C_DigestKey) candidates &= ~ha_object_absent_mask(handle_in(in));
+    }
+    return candidates;
+}
+
+/* Operations move to another member while all that they took is known; else they are lost, and said so. */
+int ha_session_may_move(ha_session *session)
+{
+    for (uint32_t left = session->active; left; left &= left - 1)
+        if (!session->operation[__builtin_ctz(left)].kept) return 0;
+    return !(session->active & session->in_message);
+}
+
+/* ---- doing it again ---- */
+
+/* A call of one operation on the member that `call` was given. */
+static ha_call part_of(const ha_call *call, unsigned row)
+{
+    ha_call part = {.row = row, .member = call->member, .epoch = call->epoch, .session = call->session};
+    part.slot = call->slot;
+    part.target = call->target;
+    part.member_session = call->member_session;
+    part.tried = call->tried;
+    return part;
+}
+
+enum outcome { DONE, LOOK_AGAIN, REFUSED, DIFFERENT };
+
+/* Its objects on that member; LOOK_AGAIN: something has changed, or the call is finished. */
+static enum outcome resolve(ha_call *call, ha_call *part)
+{
+    for (unsigned i = 0; i < part->objects; i++) {
+        part->member_object[i] = ha_object_at(part->object[i], part->member, part->epoch);
+        if (part->member_object[i]) continue;
+        CK_RV rv = ha_unseal(ha_core.locate(part));
+        call->tried = part->tried;
+        if (rv != HA_AGAIN) {
+            call->rv = rv;
+            call->finished = 1;
+        }
+        return LOOK_AGAIN;
+    }
+    return DONE;
+}
+
+static enum outcome repeat_init(ha_call *call, unsigned op)
+{
+    struct ha_operation *operation = &call->session->operation[op];
+    ha_call init = part_of(call, ha_init_rows[op]);
+    /* A copy: what a member writes into it (an IV of its own making) would be unknown to the application. */
+    ha_kept *given = ha_mechanism_copy(&operation->mechanism);
+    if (!given) return DIFFERENT;
+    init.mechanism = init.member_mechanism = ha_mechanism_kept(given);
+    if (operation->key) init.object[init.objects++] = operation->key;
+    CK_RV rv = init.mechanism->pParameter ? ha_mechanism_objects(&init) : CKR_OK;
+    enum outcome outcome = rv == CKR_OK ? resolve(call, &init) : REFUSED;
+    if (outcome == DONE && init.translate) rv = ha_mechanism_translate(&init);
+    if (outcome == DONE && rv == CKR_OK) {
+        if (ha_enter(call->target, call->epoch, &init)) {
+            size_t at = 0;
+            struct entry entry = {0};
+            const unsigned char *in = next_entry(operation, &at, &entry);
+            rv = ha_replay(&init, op, in, in ? entry.in : 0);
+            ha_leave(call->target, &init);
+        } else {
+            outcome = LOOK_AGAIN;
+        }
+    }
+    if (outcome == DONE && rv != CKR_OK) outcome = REFUSED;
+    if (outcome == DONE && !ha_mechanism_is(operation, init.mechanism)) outcome = DIFFERENT;
+    if (outcome == REFUSED) call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
+    free(init.mechanism_copy);
+    ha_mechanism_forget(given);
+    return outcome;
+}
+
+static enum outcome repeat_part(ha_call *call, const struct entry *entry, const unsigned char *in)
+{
+    ha_call part = part_of(call, entry->row);
+    const CK_ULONG room = (entry->out > entry->in ? entry->out : entry->in) + HA_CACHE_LINE;
+    if (entry->row == FN_C_DigestKey) {
+        part.object[part.objects++] = handle_in(in);
+        enum outcome resolved = resolve(call, &part);
+        if (resolved != DONE) return resolved;
+    }
+    unsigned char *out = take_pages(room > JOURNAL_ROOM ? room : JOURNAL_ROOM);
+    if (!out) return DIFFERENT;
+    CK_ULONG out_size = room;
+    enum outcome outcome = LOOK_AGAIN;
+    if (ha_enter(call->target, call->epoch, &part)) {
+        CK_RV rv = ha_replay_part(&part, in, entry->in, out, &out_size);
+        ha_leave(call->target, &part);
+        outcome = rv == CKR_OK ? DONE : rv == CKR_BUFFER_TOO_SMALL ? DIFFERENT : REFUSED;
+        if (outcome == REFUSED) call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
+        if (outcome == DONE && (out_size != entry->out || memcmp(out, in + entry->in, out_size) != 0))
+            outcome = DIFFERENT;
+    }
+    give_pages(out, room > JOURNAL_ROOM ? room : JOURNAL_ROOM, room);
+    return outcome;
+}
+
+static enum outcome repeat_operation(ha_call *call, unsigned op)
+{
+    const struct ha_operation *operation = &call->session->operation[op];
+    enum outcome outcome = repeat_init(call, op);
+    const unsigned char *in;
+    struct entry entry;
+    for (size_t at = 0; outcome == DONE && (in = next_entry(operation, &at, &entry));)
+        if (entry.row != ha_init_rows[op]) outcome = repeat_part(call, &entry, in);
+    return outcome;
+}
+
+/* All operations under way, again, on the member that `call` was given; the route looks again, or call is finished. */
+void ha_repeat_operations(ha_call *call)
+{
+    ha_session *session = call->session;
+    enum outcome outcome = DONE;
+    for (uint32_t left = session->active; left && outcome == DONE; left &= left - 1)
+        outcome = repeat_operation(call, (unsigned)__builtin_ctz(left));
+    if (outcome != DONE) ha_session_drop(session, call->member); /* what came before may have worked there */
+    switch (outcome) {
+    case DONE: {
+        int before = session->member;
+        session->member = call->member;
+        /* Where it was under way before, it still is: that session must not reach another user. */
+        if (before >= 0 && before != call->member && !(session->owns >> before & 1)) ha_session_drop(session, before);
+        break;
+    }
+    case LOOK_AGAIN: break;
+    case REFUSED: ha_call_refused(call); break;
+    case DIFFERENT: ha_operations_lost(call); break;
+    }
+}
+
+/* ---- input that the output overwrites ---- */
+
+/* A member that fails half-way may have written over what the next one is to be given. */
+RARE void ha_call_copy_input(ha_call *call, CK_BYTE_PTR *in, CK_ULONG size)
+{
+    call->input_size = size > JOURNAL_ROOM ? size : JOURNAL_ROOM;
+    call->input = take_pages(call->input_size);
+    if (!call->input) {
+        call->rv = CKR_HOST_MEMORY;
+        call->finished = 1;
+        return;
+    }
+    memcpy(call->input, *in, size);
+    *in = call->input;
+}
+
+RARE void ha_call_wipe_input(ha_call *call)
+{
+    give_pages(call->input, call->input_size, call->input_size);
+    call->input = NULL;
+}
