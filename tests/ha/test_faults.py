@@ -568,6 +568,17 @@ def test_part_that_a_member_took_and_then_complained_about_counts_once(two: Two,
     assert two.session.output("C_SignFinal") == right
 
 
+def test_input_that_the_failed_member_wrote_over_is_given_to_the_next_as_it_was(two: Two) -> None:
+    """Applications sign and encrypt in place."""
+    right = two.sign()
+    two.session.init("C_SignInit", p11.CKM_RSA_PKCS, two.key)
+    two.east["C_Sign"].answers(p11.CKR_DEVICE_ERROR, late=True)
+    buffer, size = create_string_buffer(DIGEST, 256), c_ulong(256)
+    two.session.call("C_Sign", buffer, len(DIGEST), buffer, byref(size))
+    assert buffer.raw[: size.value] == right
+    assert two.app.away() == {"east"}
+
+
 def test_two_operations_of_one_session_both_move(make_two: TwoFactory) -> None:
     two = make_two()
     right, digest = two.sign(), two.session.digest(p11.CKM_SHA256, DIGEST)

@@ -79,10 +79,11 @@ def mechanisms() -> str:
     return _page(
         "Mechanism parameters",
         "spec/mechanisms.py",
-        "What an operation was begun with is copied, with all that its parameter points to, so that it can be begun again"
-        " on another member. A mechanism that is not in this list is repeated if it was given no parameter; with one, of a layout"
-        " that is not known here, the operation stays on its member and ends with it (CKR_DEVICE_ERROR, once). The same"
-        " holds where the member has written into the parameter at the Init: another would write something else.",
+        "What an operation was begun with is copied, with all that its parameter points to, so that it can be begun"
+        " again on another member. A mechanism that is not in this list is repeated if it was given no parameter; with"
+        " one, of a layout that is not known here, the operation stays on its member and ends with it"
+        " (CKR_DEVICE_ERROR, once). The same holds where the member has written into the parameter at the Init:"
+        " another would write something else.",
         ("mechanisms", "parameter", "repeated"),
         rows,
     )
