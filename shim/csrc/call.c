@@ -88,11 +88,20 @@ static RARE CK_RV cancel_by_init(ha_session *session, uint32_t ops)
 /* Keeps an Init, so that it can be repeated on another member. Before the member sees it: it may write into it. */
 static inline void keep(struct ha_operation *operation, const ha_call *call, const struct ha_row *row)
 {
-    ha_operation_forget(operation);
     operation->key = row->bad_object[0] ? call->object[0] : CK_INVALID_HANDLE;
     operation->mechanism = *call->mechanism;
     operation->kept = !operation->mechanism.pParameter || !operation->mechanism.ulParameterLen;
     if (!operation->kept) ha_mechanism_keep(operation);
+}
+
+static RARE bool takes_arguments(ha_call *call, const struct ha_row *row)
+{
+    CK_RV rv = call->objects ? check_objects(call, row) : CKR_OK;
+    call->member_mechanism = call->mechanism;
+    if (rv == CKR_OK && call->mechanism && call->mechanism->pParameter) rv = ha_mechanism_objects(call);
+    if (rv != CKR_OK) return refuse(call, rv);
+    if (row->keep) keep(&call->session->operation[__builtin_ctz(row->ops)], call, row);
+    return true;
 }
 
 /* Locks the session and settles what needs no member. False: call->rv is the answer and no session is held. */
@@ -105,18 +114,11 @@ bool ha_call_begin(ha_call *call, CK_SESSION_HANDLE handle)
     call->slot = session->slot;
     ha_gate(session->slot);
 
-    CK_RV rv = CKR_OK;
-    call->member_mechanism = call->mechanism;
-    if (row->phase == HA_PHASE_INIT && !call->mechanism) return refuse(call, cancel_by_init(session, row->ops));
-    if (row->phase == HA_PHASE_INIT)
-        rv = session->active & row->ops ? CKR_OPERATION_ACTIVE : CKR_OK;
-    else if ((session->active & row->ops) != row->ops)
-        rv = CKR_OPERATION_NOT_INITIALIZED;
-    if (rv == CKR_OK && call->objects) rv = check_objects(call, row);
-    if (rv == CKR_OK && call->mechanism && call->mechanism->pParameter) rv = ha_mechanism_objects(call);
-    if (rv != CKR_OK) return refuse(call, rv);
-    if (row->keep) keep(&session->operation[__builtin_ctz(row->ops)], call, row);
-    return true;
+    const bool begins = row->phase == HA_PHASE_INIT;
+    if (begins && !call->mechanism) return refuse(call, cancel_by_init(session, row->ops));
+    if ((session->active & row->ops) != (begins ? 0 : row->ops))
+        return refuse(call, begins ? CKR_OPERATION_ACTIVE : CKR_OPERATION_NOT_INITIALIZED);
+    return call->objects || call->mechanism ? takes_arguments(call, row) : true;
 }
 
 static bool ask_core(ha_call *call, uint64_t (*question)(ha_call *))
