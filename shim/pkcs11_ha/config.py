@@ -46,7 +46,7 @@ class RecoveryOptions:
     interval_s: float
     attempts: int
     mode: Mode
-    budget_s: float
+    connect_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,13 @@ OPTIONS = (
     Option("recovery", "interval_s", _SECONDS, 60, "Seconds to pass between attempts for a member (X)."),
     Option("recovery", "attempts", _ATTEMPTS, -1, "Attempts for a member (N): -1 without limit, 0 none."),
     Option("recovery", "mode", _choice(get_args(Mode)), "call", "Recover within calls, or in a thread too."),
-    Option("recovery", "budget_s", _SECONDS, 5, "Seconds that connecting one member may take, each time."),
+    Option(
+        "recovery",
+        "connect_timeout_s",
+        _SECONDS,
+        5,
+        "Seconds that connecting one member may take, at C_Initialize and in each attempt, and that leaving it may.",
+    ),
     #
     Option("member", "name", _NAME, _REQUIRED, "What groups, log and tools call the member."),
     Option("member", "module", _PATH, _REQUIRED, "The vendor's PKCS#11 library."),

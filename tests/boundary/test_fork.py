@@ -97,7 +97,7 @@ def test_a_program_forks_while_a_member_hangs_in_c_initialize(
         "token": "pkcs11:token=yes",
         "env": {"YES_HOLD": str(hold)},
     }
-    made = group(pair.east.member(), stuck, recovery={**BACKGROUND, "budget_s": 0.2})
+    made = group(pair.east.member(), stuck, recovery={**BACKGROUND, "connect_timeout_s": 0.2})
     host = hosts(env=made.env)
     host.ok("C_Initialize", None)
     wait_until(lambda: "recovery.failed" in made.log.read_text(), "an attempt that fails")

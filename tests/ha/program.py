@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-LIMIT_S = 4.0  # a few budgets, and far less than for ever
+LIMIT_S = 4.0  # a few times to connect, and far less than for ever
 
 PROGRAM = textwrap.dedent(
     """

@@ -510,7 +510,7 @@ def test_library_that_is_gone_in_the_middle_of_a_pin_change_does_not_hang_it(
     answers: list[str] = []
     thread = threading.Thread(target=lambda: answers.append(set_pin(session, PIN, "new one")), daemon=True)
     thread.start()
-    thread.join(3)  # less than the budget of an attempt
+    thread.join(3)  # less than an attempt may take
     assert not thread.is_alive()
     pins = {token.shared.pin for token in three}
     assert pins == ({b"new one"} if answers == ["CKR_OK"] else {PIN.encode()})

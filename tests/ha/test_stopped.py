@@ -19,8 +19,8 @@ from tests.ha.keys import DIGEST
 from tests.ha.operations import Use
 from tests.ha.program import LIMIT_S, Program
 
-BUDGET_S = 0.5
-QUICK: dict[str, Toml] = {"interval_s": 3600, "budget_s": BUDGET_S}
+CONNECT_S = 0.5
+QUICK: dict[str, Toml] = {"interval_s": 3600, "connect_timeout_s": CONNECT_S}
 
 
 def check_prompt(took: dict[str, float]) -> None:
@@ -50,6 +50,7 @@ def test_program_starts_works_and_ends_beside_a_stopped_member(
     took, answers = program.end()
     check_prompt(took)
     assert answers["C_Initialize"] is None
+    assert took["C_Initialize"] < CONNECT_S + 1
     assert answers["C_Finalize"] is None
     if len(stopped) == 2:
         assert (answers["slots"], answers["token"]) == ([], "CKR_TOKEN_NOT_PRESENT")
@@ -123,10 +124,12 @@ def _in_flight(use: Use, name: str) -> int:
     return int(native.lib.ha_member_in_flight(use.app.core.members[name].native))
 
 
-def test_attempt_at_a_stopped_member_costs_its_budget_once(
+def test_attempt_at_a_stopped_member_costs_its_time_once(
     pair: Pair, start: StartFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use = Use.begin(start(*pair.members(), recovery=dict(SOON) | {"budget_s": BUDGET_S}), pair.keys, pair.pin)
+    use = Use.begin(
+        start(*pair.members(), recovery=dict(SOON) | {"connect_timeout_s": CONNECT_S}), pair.keys, pair.pin
+    )
     pair.east.kill()
     working_until(lambda: operations.sign_ecdsa(use), use.app.away, "the loss is noticed")
     pair.east.start()
@@ -154,8 +157,10 @@ def test_attempt_at_a_stopped_member_costs_its_budget_once(
 
 
 def test_others_do_not_wait_for_an_attempt(pair: Pair, start: StartFactory) -> None:
-    """One caller makes it, up to its budget; the other callers go on with the members that are there."""
-    use = Use.begin(start(*pair.members(), recovery=dict(SOON) | {"budget_s": 3}), pair.keys, pair.pin)
+    """One caller makes it, for as long as it may take; the other callers go on with the members that are there."""
+    use = Use.begin(
+        start(*pair.members(), recovery=dict(SOON) | {"connect_timeout_s": 3}), pair.keys, pair.pin
+    )
     sessions = [use.app.open() for _ in range(4)]
     pair.east.kill()
     working_until(lambda: operations.sign_ecdsa(use), use.app.away, "the loss is noticed")

@@ -62,7 +62,7 @@ def test_smallest_configuration_has_the_documented_defaults() -> None:
     assert parse(EAST + WEST + PROD, "/x.toml") == config.Config(
         path="/x.toml",
         ha=HaOptions(only=True, log="syslog", manufacturer="pkcs11-ha"),
-        recovery=RecoveryOptions(interval_s=60, attempts=-1, mode="call", budget_s=5),
+        recovery=RecoveryOptions(interval_s=60, attempts=-1, mode="call", connect_timeout_s=5),
         members=tuple(
             MemberConfig(
                 name=name,
@@ -107,7 +107,7 @@ manufacturer = "SafeNet"
 interval_s = 0.5
 attempts = 0
 mode = "background"
-budget_s = 20
+connect_timeout_s = 20
 
 [[member]]
 name = "east"
@@ -227,7 +227,11 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("recovery", "interval_s = inf", "recovery.interval_s: expected a number of seconds above 0"),
         ("recovery", "interval_s = true", "recovery.interval_s: expected a number of seconds above 0"),
         ("recovery", 'interval_s = "60"', "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", f"budget_s = 1{'0' * 400}", "recovery.budget_s: expected a number of seconds above 0"),
+        (
+            "recovery",
+            f"connect_timeout_s = 1{'0' * 400}",
+            "recovery.connect_timeout_s: expected a number of seconds above 0",
+        ),
         ("recovery", "attempts = -2", "recovery.attempts: expected a whole number, -1 or more"),
         ("recovery", "attempts = 1.0", "recovery.attempts: expected a whole number, -1 or more"),
         ("recovery", "attempts = true", "recovery.attempts: expected a whole number, -1 or more"),

@@ -185,7 +185,7 @@ class World:
         *members: str,
         interval_s: float = 60,
         attempts: int = -1,
-        budget_s: float = 5,
+        connect_timeout_s: float = 5,
         threads: bool = False,
     ) -> Core:
         text = "\n".join(
@@ -193,7 +193,8 @@ class World:
             for name in members
         )
         text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {list(members)}'
-        text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}\nbudget_s = {budget_s}"
+        text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}"
+        text += f"\nconnect_timeout_s = {connect_timeout_s}"
         flags = 0 if threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
         settings = config.parse(text, "test")
         made = Core(settings, str(self.state_dir), flags, self.clock)
@@ -434,7 +435,7 @@ class Gate:
 
 
 def test_thirty_two_callers_make_one_attempt_and_none_waits_for_it(world: World) -> None:
-    core = world.core("east", "west", interval_s=60, budget_s=PATIENCE_S, threads=True)
+    core = world.core("east", "west", interval_s=60, connect_timeout_s=PATIENCE_S, threads=True)
     lose(core, "east")
     gate = Gate()
     world.outcome["east"] = gate
@@ -457,8 +458,8 @@ def test_thirty_two_callers_make_one_attempt_and_none_waits_for_it(world: World)
     assert up(core) == {"east", "west"}
 
 
-def test_attempt_that_does_not_end_costs_its_budget_and_blocks_further_ones(world: World) -> None:
-    core = world.core("east", "west", interval_s=60, budget_s=0.05, threads=True)
+def test_attempt_that_does_not_end_costs_its_time_and_blocks_further_ones(world: World) -> None:
+    core = world.core("east", "west", interval_s=60, connect_timeout_s=0.05, threads=True)
     lose(core, "east")
     gate = Gate()
     world.outcome["east"] = gate
@@ -480,7 +481,7 @@ def test_attempt_that_does_not_end_costs_its_budget_and_blocks_further_ones(worl
 
 
 def test_member_that_failed_late_is_tried_again(world: World) -> None:
-    core = world.core("east", "west", interval_s=60, budget_s=0.05, threads=True)
+    core = world.core("east", "west", interval_s=60, connect_timeout_s=0.05, threads=True)
     lose(core, "east")
     gate = Gate()
 

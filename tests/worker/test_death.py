@@ -126,7 +126,9 @@ def test_stopped_worker_without_a_limit_holds_its_call_and_nothing_else(
     tokens: Tokens, start: StartFactory, keys: Keys
 ) -> None:
     """C_Finalize kills it in the end."""
-    app = start(*(t.member(host="worker") for t in tokens), recovery={"interval_s": 3600, "budget_s": 0.5})
+    app = start(
+        *(t.member(host="worker") for t in tokens), recovery={"interval_s": 3600, "connect_timeout_s": 0.5}
+    )
     Use.begin(app, keys, "123456")
     pid = worker_of(tokens[0])
     os.kill(pid, signal.SIGSTOP)

@@ -15,7 +15,7 @@ from pkcs11_ha.runtime.member import TOKEN_NUMBERS, ConnectError, Member, Member
 from pkcs11_ha.runtime.native import CkError, OutOfTime, pad
 from pkcs11_ha.runtime.slot import VirtualSlot
 
-_TOKEN_BUDGET_S = 0.25  # a slow member is not waited for: what it said last is good enough
+_TOKEN_S = 0.25  # a slow member is not waited for: what it said last is good enough
 
 
 def _version() -> tuple[int, int]:
@@ -101,7 +101,7 @@ def _first_that_tells(slot: VirtualSlot) -> Member:
             return member  # another caller is waiting for it already
         member.learning = True
         try:
-            native.within(_TOKEN_BUDGET_S, core.may_use_threads, member.learn, partial(_learnt, member))
+            native.within(_TOKEN_S, core.may_use_threads, member.learn, partial(_learnt, member))
             member.learning = False
             return member
         except OutOfTime:

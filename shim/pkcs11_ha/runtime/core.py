@@ -66,7 +66,7 @@ class Core:
     # ---- start ----
 
     def _connect_all(self) -> None:
-        """All members at once, so that one that does not answer costs its budget and no more."""
+        """All members at once, so that one that does not answer costs `connect_timeout_s` and no more."""
         if not self.may_use_threads:
             for member in self.members.values():
                 self._connect(member)
@@ -79,8 +79,8 @@ class Core:
 
     def _connect(self, member: Member) -> None:
         try:
-            self._within_budget(
-                member, lambda: member.connect(self.libraries, self.settings.recovery.budget_s)
+            self._in_time_to_connect(
+                member, lambda: member.connect(self.libraries, self.settings.recovery.connect_timeout_s)
             )
             member.state = MemberState.UP
         except Exception as error:
@@ -89,7 +89,7 @@ class Core:
             details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
             self.log(Event("member.lost", "", member.name, details))
 
-    def _within_budget(self, member: Member, work: Callable[[], None]) -> None:
+    def _in_time_to_connect(self, member: Member, work: Callable[[], None]) -> None:
         def late(error: BaseException | None) -> None:
             with self.lock:
                 member.connecting = False
@@ -101,7 +101,7 @@ class Core:
 
         member.connecting = True
         try:
-            native.within(self.settings.recovery.budget_s, self.may_use_threads, work, late)
+            native.within(self.settings.recovery.connect_timeout_s, self.may_use_threads, work, late)
             member.connecting = False
         except OutOfTime:
             raise  # still under way: no other attempt until it ends
@@ -222,7 +222,7 @@ class Core:
                 started = self.clock()
                 if self._is_due(member):
                     self.attempt(member)
-                if self.clock() - started >= self.settings.recovery.budget_s * 1e9:
+                if self.clock() - started >= self.settings.recovery.connect_timeout_s * 1e9:
                     break  # one caller does not wait for all that hang
             self._tend(slot)
         finally:
@@ -254,7 +254,7 @@ class Core:
         try:
             member.connecting = True
             self._publish(slots)  # others do not come here meanwhile
-            self._within_budget(member, lambda: self._bring_back(member, slots))
+            self._in_time_to_connect(member, lambda: self._bring_back(member, slots))
         except Exception as error:  # whatever it was, the member is tried again
             self._failed(member, slots, error)
             return False
@@ -263,7 +263,7 @@ class Core:
     def _bring_back(self, member: Member, slots: list[VirtualSlot]) -> None:
         """Also when the caller has given up waiting: a success that comes late is a success."""
         failed = member.outage.failed
-        member.connect(self.libraries, self.settings.recovery.budget_s)
+        member.connect(self.libraries, self.settings.recovery.connect_timeout_s)
         for slot in slots:
             login.take_in(slot, member)
             slot.objects.reconcile(slot.index(member))
@@ -332,9 +332,9 @@ class Core:
         self.stop()
         for thread in (self.thread, self.tending):
             if thread is not None:
-                thread.join(self.settings.recovery.budget_s)
+                thread.join(self.settings.recovery.connect_timeout_s)
         for slot in self.slots.values():
-            login.forget(slot, self.settings.recovery.budget_s)
+            login.forget(slot, self.settings.recovery.connect_timeout_s)
             slot.objects.forget_recipes()
         for member in self.members.values():
             if not self._is_stuck(member) and member.instance is not None and member.instance.foreign:
@@ -365,7 +365,9 @@ class Core:
     def in_time(self, work: Callable[[], None]) -> bool:
         """Does the work, unless it hangs; whether it was done."""
         try:
-            native.within(self.settings.recovery.budget_s, self.may_use_threads, work, lambda _error: None)
+            native.within(
+                self.settings.recovery.connect_timeout_s, self.may_use_threads, work, lambda _error: None
+            )
         except OutOfTime:
             return False
         return True

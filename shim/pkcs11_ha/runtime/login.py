@@ -118,7 +118,7 @@ def login(
     """C_Login of CKU_USER or CKU_SO on a virtual slot (PKCS#11 5.6.8).  Raises CkError.
 
     `lose(member, rv, call, epoch)` drops a member that failed, `refuse(member, rv)` one that alone refused a
-    PIN; `in_time(work)` does it within the budget, or answers False.
+    PIN; `in_time(work)` does it in the time of `connect_timeout_s`, or answers False.
     """
     with slot.login_lock:
         if slot.user != NOBODY:

@@ -75,7 +75,7 @@ class Member:
         self.session: int = 0  # kept open so that the login and the handles outlive other sessions
         self.logins: set[int] = set()  # virtual slots that are logged in on this member
         self.replacer: int | None = None  # the thread that is restarting the library: no other may call it
-        self.connecting = False  # an attempt is under way, perhaps beyond its budget
+        self.connecting = False  # an attempt is under way, perhaps beyond its time
         self.learning = False  # somebody is asking it for its token information
         self._clean = native.ffi.new("unsigned char[]", codes.clean_table(self.profile))
         native.lib.ha_member_clean(self.native, self._clean)
@@ -110,25 +110,25 @@ class Member:
 
     # ---- connection ----
 
-    def connect(self, libraries: Libraries, budget_s: float) -> None:
+    def connect(self, libraries: Libraries, connect_timeout_s: float) -> None:
         """Loads or restarts the library, finds the token, opens the service session.
 
         Raises ConnectError.  The member serves nobody yet: logging in and matching objects come next.
         """
         self.replacer = threading.get_ident()
         try:
-            self._connect(libraries, budget_s)
+            self._connect(libraries, connect_timeout_s)
         finally:
             self.replacer = None
 
-    def _connect(self, libraries: Libraries, budget_s: float) -> None:
+    def _connect(self, libraries: Libraries, connect_timeout_s: float) -> None:
         native.lib.ha_member_new_epoch(self.native)  # from here on, handles of before are turned away
         fresh = True
         try:
             if self.instance is None:
                 self.instance = libraries.instance_for(self.config)
                 libraries.initialise(self.instance, self.config)
-            elif self._may_restart(budget_s):
+            elif self._may_restart(connect_timeout_s):
                 libraries.restart(self.instance, self.config)
             elif not self.instance.initialised or self._is_finalised():
                 libraries.revive(self.instance, self.config)
@@ -155,13 +155,13 @@ class Member:
         self._open_service_session()
         self._name()
 
-    def _may_restart(self, budget_s: float) -> bool:
+    def _may_restart(self, connect_timeout_s: float) -> bool:
         """Whether the library may be finalised: no sibling lives in it, and no call is inside it any more."""
         assert self.instance
         if self.instance.foreign or len(self.instance.members) > 1:
             return False
         self.instance.abandon()
-        deadline = time.monotonic() + budget_s
+        deadline = time.monotonic() + connect_timeout_s
         while native.lib.ha_member_in_flight(self.native):
             if time.monotonic() > deadline:
                 raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")

@@ -64,11 +64,11 @@ def start_thread(work: Callable[[], object], name: str) -> threading.Thread:
 
 
 class OutOfTime(Exception):
-    """A piece of work did not end within its budget; it may still be under way."""
+    """A piece of work did not end in its time; it may still be under way."""
 
 
 def within(
-    budget_s: float,
+    limit_s: float,
     may_use_threads: bool,
     work: Callable[[], T],
     late: Callable[[BaseException | None], None],
@@ -100,7 +100,7 @@ def within(
 
     start_thread(body, "pkcs11-ha member")
     with suppress(BaseException):  # Ctrl-C in a Python host: the work goes on, and is no longer waited for
-        ended.wait(budget_s)
+        ended.wait(limit_s)
     with lock:
         if not ended.is_set():
             abandoned = True
