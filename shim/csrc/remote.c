@@ -32,8 +32,8 @@ enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HELLO_LIMIT = 1 << 14, FAREWELL_MS =
 struct ha_channel {
     int fd;
     uint32_t turn;
-    uint32_t life; /* of its remote */
-    uint32_t timeout_ms;
+    uint32_t life;       /* of its remote */
+    uint32_t timeout_ms; /* of the call, 0: none */
     bool in_use;
     struct ha_message message;
     struct ha_channel *next; /* of its remote, idle or not */
@@ -45,7 +45,7 @@ struct remote {
     uint32_t life; /* each start is another one */
     int control, pidfd;
     unsigned idle;
-    uint32_t timeout_ms; /* of a call, 0: none */
+    unsigned limits_ms[HA_DEADLINES]; /* of a call of each class, 0: none */
     struct ha_channel *channels;
     unsigned major, minor;
     CK_BYTE has[HA_FUNCTIONS]; /* functions that the library has */
@@ -221,7 +221,7 @@ static int new_channel_fd(int control)
 }
 
 /* A channel for one call; NULL: the remote is dead. */
-static struct ha_channel *channel_take(struct remote *remote)
+static struct ha_channel *channel_take(struct remote *remote, unsigned deadline)
 {
     struct ha_channel *channel = NULL;
     pthread_mutex_lock(&remote->lock);
@@ -243,7 +243,7 @@ static struct ha_channel *channel_take(struct remote *remote)
         }
         if (channel) {
             channel->in_use = true;
-            channel->timeout_ms = remote->timeout_ms;
+            channel->timeout_ms = remote->limits_ms[deadline];
         }
     }
     pthread_mutex_unlock(&remote->lock);
@@ -300,16 +300,16 @@ static bool greet(struct remote *remote, const char *what, int fd, uint64_t dead
     return fine;
 }
 
-static int begin_life(struct remote *remote, const char *what, int fd, int pidfd, uint32_t timeout_ms,
-                      uint32_t patience_ms, char *error, size_t error_size)
+static int begin_life(struct remote *remote, const char *what, int fd, int pidfd, const unsigned *limits_ms,
+                      char *error, size_t error_size)
 {
-    uint64_t deadline = ha_monotonic_ns() + patience_ms * UINT64_C(1000000);
+    uint64_t deadline = ha_monotonic_ns() + limits_ms[HA_DEADLINE_CONNECT] * UINT64_C(1000000);
     bool fine = greet(remote, what, fd, deadline, error, error_size);
     pthread_mutex_lock(&remote->lock);
     kill_locked(remote);
     remote->control = fd;
     remote->pidfd = pidfd;
-    remote->timeout_ms = timeout_ms;
+    memcpy(remote->limits_ms, limits_ms, sizeof remote->limits_ms);
     remote->life++;
     remote->alive = true;
     if (!fine) kill_locked(remote);
@@ -405,8 +405,8 @@ static char **environment_with(char **entries, char **variables, unsigned count)
 }
 
 /* `variables` are the names, `entries` NAME=value. 0 with one line in `error`. */
-int ha_remote_start(int number, char *module, char **variables, char **entries, unsigned count, unsigned timeout_ms,
-                    unsigned patience_ms, char *error, size_t error_size)
+int ha_remote_start(int number, char *module, char **variables, char **entries, unsigned count, unsigned *limits_ms,
+                    char *error, size_t error_size)
 {
     struct remote *remote = &remotes[number];
     char parent[16];
@@ -436,7 +436,7 @@ int ha_remote_start(int number, char *module, char **variables, char **entries, 
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     char go = 'g';
     if (send(ends[0], &go, 1, MSG_NOSIGNAL) != 1) close_fd(&pidfd);
-    return begin_life(remote, module, ends[0], pidfd, timeout_ms, patience_ms, error, error_size);
+    return begin_life(remote, module, ends[0], pidfd, limits_ms, error, error_size);
 }
 
 static bool is_trusted(int fd)
@@ -448,7 +448,7 @@ static bool is_trusted(int fd)
 }
 
 /* 0 with one line in `error`. */
-int ha_remote_connect(int number, char *path, unsigned timeout_ms, unsigned patience_ms, char *error, size_t error_size)
+int ha_remote_connect(int number, char *path, unsigned *limits_ms, char *error, size_t error_size)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     ha_remote_kill(number);
@@ -472,7 +472,7 @@ int ha_remote_connect(int number, char *path, unsigned timeout_ms, unsigned pati
     char go = 'g';
     if (send(fd, &go, 1, MSG_NOSIGNAL) != 1) { /* its end is seen when it is to greet */
     }
-    return begin_life(&remotes[number], path, fd, -1, timeout_ms, patience_ms, error, error_size);
+    return begin_life(&remotes[number], path, fd, -1, limits_ms, error, error_size);
 }
 
 /* A worker's library is finalised politely, but not for longer than it deserves. */
@@ -482,9 +482,10 @@ void ha_remote_stop(int number)
     struct remote *remote = &remotes[number];
     if (ha_remote_alive(number)) {
         pthread_mutex_lock(&remote->lock);
-        if (!remote->timeout_ms || remote->timeout_ms > FAREWELL_MS) remote->timeout_ms = FAREWELL_MS;
+        unsigned *limit_ms = &remote->limits_ms[HA_DEADLINE_INFORMATION];
+        if (!*limit_ms || *limit_ms > FAREWELL_MS) *limit_ms = FAREWELL_MS;
         pthread_mutex_unlock(&remote->lock);
-        if (ha_ask(&x, (unsigned)number, FN_C_Finalize, 1)) ha_answered(&x);
+        if (ha_ask(&x, (unsigned)number, FN_C_Finalize, HA_DEADLINE_INFORMATION)) ha_answered(&x);
         ha_asked(&x);
     }
     ha_remote_kill(number);
@@ -504,10 +505,10 @@ void ha_remote_version(int number, unsigned *major, unsigned *minor)
 
 /* ---- calls: the request ---- */
 
-bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned patience)
+bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadline)
 {
-    *x = (struct ha_exchange){.remote = remote, .row = row, .patience = patience, .rv = CKR_DEVICE_ERROR};
-    x->channel = channel_take(&remotes[remote]);
+    *x = (struct ha_exchange){.remote = remote, .row = row, .rv = CKR_DEVICE_ERROR};
+    x->channel = channel_take(&remotes[remote], deadline);
     if (!x->channel) return false;
     x->message = &x->channel->message;
     x->expected = sizeof(CK_ULONG); /* the return value */
@@ -704,7 +705,7 @@ bool ha_answered(struct ha_exchange *x)
     uint64_t deadline = 0, timeout_ms = x->channel->timeout_ms;
     if (!x->refused && (message->no_memory || message->end > HA_WIRE_MAX)) refuse(x, CKR_HOST_MEMORY);
     if (x->refused) return false;
-    if (timeout_ms) deadline = ha_monotonic_ns() + timeout_ms * x->patience * UINT64_C(1000000);
+    if (timeout_ms) deadline = ha_monotonic_ns() + timeout_ms * UINT64_C(1000000);
     enum ha_wire_result result = ha_send(x->channel->fd, message, deadline);
     if (result == HA_WIRE_DONE) result = ha_receive(x->channel->fd, message, x->expected, deadline);
     if (result == HA_WIRE_DONE) {

@@ -79,18 +79,18 @@ bool ha_attribute_is_carried(CK_ATTRIBUTE_TYPE type); /* its value holds no poin
 extern const char ha_wire_version[];
 
 /* ---- remote.c: the stubs' end ---- */
-enum { HA_MAX_REMOTES = 32, HA_PATIENT = 10 };
+enum { HA_MAX_REMOTES = 32 };
 
 struct ha_exchange {
     struct ha_channel *channel;
     struct ha_message *message;
     size_t expected; /* what the answer may have at most */
     CK_RV rv;
-    unsigned remote, row, patience;
+    unsigned remote, row;
     bool refused; /* rv says why nothing is sent */
 };
 
-bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned patience);
+bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadline); /* HA_DEADLINE_… */
 void ha_ask_number(struct ha_exchange *x, CK_ULONG number);
 void ha_ask_bytes(struct ha_exchange *x, const void *bytes, CK_ULONG size);
 void ha_ask_room(struct ha_exchange *x, const void *bytes, const CK_ULONG *size);

@@ -6,7 +6,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from pkcs11_ha.log import parse_target
@@ -50,6 +50,19 @@ class RecoveryOptions:
 
 
 @dataclass(frozen=True)
+class Timeouts:
+    """Seconds that a member's calls may take, by class (`spec.functions.Deadline`); 0: without a limit."""
+
+    information: float = 5
+    cryptography: float = 20
+    generation: float = 300  # also of logging in: somebody may have to do so at the device
+
+
+NO_TIMEOUTS = Timeouts(0, 0, 0)
+_GENERATION_FACTOR = 15  # times what cryptography may take
+
+
+@dataclass(frozen=True)
 class MemberConfig:
     """`[[member]]`: one token of one vendor library; `env` is (name, value) pairs, `pin_source` a path."""
 
@@ -62,7 +75,14 @@ class MemberConfig:
     instance: Instance
     host: str
     profile: str
-    call_timeout_s: float | None
+    call_timeout_s: Timeouts | None
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """What holds where nothing is said: a process of its own that hangs can be ended, a thread of ours cannot."""
+        if self.call_timeout_s is None:
+            return NO_TIMEOUTS if self.host == "process" else Timeouts()
+        return self.call_timeout_s
 
 
 @dataclass(frozen=True)
@@ -180,6 +200,26 @@ def _choice(names: Sequence[str], later: Sequence[str] = ()) -> Form:
     return Form(" or ".join(f'"{name}"' for name in names), read)
 
 
+def _is_seconds(given: Any) -> bool:
+    # 1e9 s is a number of nanoseconds that fits 64 bits; the bound also refuses inf and nan.
+    return _is_number(given) and 0 < given <= 1e9
+
+
+def _timeouts(given: Any) -> Timeouts:
+    """A number is that of cryptography, from which the others follow."""
+    if given == "none":
+        return NO_TIMEOUTS
+    if _is_seconds(given):
+        return Timeouts(min(Timeouts.information, given), given, _GENERATION_FACTOR * given)
+    names = [field.name for field in fields(Timeouts)]
+    if not isinstance(given, dict) or not all(map(_is_seconds, given.values())):
+        raise ValueError
+    for name in given:
+        if name not in names:
+            raise ValueError(f"unknown class {name!r}; there are {', '.join(names)}")
+    return Timeouts(**given)
+
+
 def _log_spec(given: str) -> str:
     parse_target(given)
     return given
@@ -187,8 +227,11 @@ def _log_spec(given: str) -> str:
 
 _BOOLEAN = _form("true or false", lambda given: isinstance(given, bool))
 _TEXT = _form("a string", _is_text)
-# 1e9 s is a number of nanoseconds that fits 64 bits; the bound also refuses inf and nan.
-_SECONDS = _form("a number of seconds above 0", lambda given: _is_number(given) and 0 < given <= 1e9)
+_SECONDS = _form("a number of seconds above 0", _is_seconds)
+_TIMEOUTS = Form(
+    'a number of seconds above 0, a table of such by class, or "none"',
+    _timeouts,
+)
 _ATTEMPTS = _form(
     "a whole number, -1 or more",
     lambda given: _is_number(given) and isinstance(given, int) and -1 <= given < 2**31,
@@ -278,10 +321,12 @@ OPTIONS = (
     Option(
         "member",
         "call_timeout_s",
-        _SECONDS,
+        _TIMEOUTS,
         None,
-        "Seconds that a call may take, ten times as many where keys are made: then its worker is killed. Not for"
-        ' `host = "process"`.',
+        "Seconds that a call may take: then its worker is killed. By class of [function](functions.md); what is not"
+        f" said is `{{ information = {Timeouts.information}, cryptography = {Timeouts.cryptography}, generation ="
+        f" {Timeouts.generation} }}`. A number N is that of cryptography: information has N or"
+        f' {Timeouts.information}, whichever is less, generation {_GENERATION_FACTOR} N. Not for `host = "process"`.',
     ),
     #
     Option("group", "label", _padded(1, 32), _REQUIRED, "Label of the virtual token."),
@@ -628,7 +673,7 @@ def _check_names(config: Config, profiles: Sequence[str], source: _Source) -> No
 def _check_hosts(config: Config, source: _Source) -> None:
     """What one host can do and another cannot."""
     for number, member in enumerate(config.members):
-        if member.host == "process" and member.call_timeout_s is not None:
+        if member.host == "process" and member.timeouts != NO_TIMEOUTS:
             problem = 'a call in this process cannot be ended: only with host = "worker" or "unix:/path"'
             raise source.error(("member", number, "call_timeout_s"), problem)
         if member.host.startswith("unix:") and member.env:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 from pkcs11_ha.spec import emit
-from pkcs11_ha.spec.functions import FUNCTIONS, INDEX, Effect, Function, Op, Phase, Role, Route
+from pkcs11_ha.spec.functions import (
+    FUNCTIONS,
+    INDEX,
+    Deadline,
+    Effect,
+    Function,
+    Op,
+    Phase,
+    Role,
+    Route,
+    deadline_class,
+)
+from pkcs11_ha.spec.wire import CARRIED
 from tests.spec import golden
 
 each_row = pytest.mark.parametrize("row", FUNCTIONS, ids=lambda row: row.name)
@@ -122,6 +134,25 @@ def test_what_is_never_repeated() -> None:
     for row in FUNCTIONS:
         if row.effect in (Effect.WRITE, Effect.CREDENTIAL):
             assert row.route in (Route.CORE, Route.CORE_SESSION), row.name
+
+
+def test_how_long_a_member_may_take() -> None:
+    """By hand: of the two classes that are short lists, and of what no operation is."""
+
+    def names(deadline: Deadline) -> list[str]:
+        return [row.name.removeprefix("C_") for row in CARRIED if deadline_class(row) is deadline]
+
+    assert names(Deadline.CONNECT) == ["Initialize"]
+    assert names(Deadline.GENERATION) == (
+        "InitToken InitPIN SetPIN Login GenerateKey GenerateKeyPair LoginUser".split()
+    )
+    assert names(Deadline.INFORMATION) == (
+        "Finalize GetInfo GetSlotList GetSlotInfo GetTokenInfo GetMechanismList GetMechanismInfo OpenSession"
+        " CloseSession CloseAllSessions GetSessionInfo GetOperationState SetOperationState Logout GetObjectSize"
+        " GetAttributeValue FindObjectsInit FindObjects FindObjectsFinal GetFunctionStatus CancelFunction"
+        " SessionCancel GetSessionValidationFlags".split()
+    )
+    assert all(deadline_class(row) is Deadline.CRYPTOGRAPHY for row in FUNCTIONS if row.ops & ~Op.FIND)
 
 
 @each_row

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pkcs11_ha import config
 from pkcs11_ha.config import (
+    NO_TIMEOUTS,
     OPTIONS,
     ConfigError,
     GroupConfig,
@@ -22,6 +23,7 @@ from pkcs11_ha.config import (
     MemberConfig,
     Place,
     RecoveryOptions,
+    Timeouts,
     find_path,
     is_secure,
     load,
@@ -29,10 +31,12 @@ from pkcs11_ha.config import (
     parse,
     state_dir,
 )
+from pkcs11_ha.spec.functions import Deadline
 from pkcs11_ha.uri import parse_token_uri
 
 EAST = '[[member]]\nname = "east"\nmodule = "/usr/lib/m.so"\ntoken = "pkcs11:token=east"\n'  # 4 lines
 WEST = EAST.replace("east", "west")
+TIMEOUTS = 'member.call_timeout_s: expected a number of seconds above 0, a table of such by class, or "none"'
 PROD = '[[group]]\nlabel = "prod"\nmembers = ["east", "west"]\n'
 
 
@@ -252,7 +256,16 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("member", 'host = "remote"', 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", 'host = "unix:run/x"', 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", "host = 1", 'member.host: expected "process", "worker" or "unix:/path"'),
-        ("member", "call_timeout_s = 0", "member.call_timeout_s: expected a number of seconds above 0"),
+        ("member", "call_timeout_s = 0", TIMEOUTS),
+        ("member", "call_timeout_s = true", TIMEOUTS),
+        ("member", 'call_timeout_s = "20"', TIMEOUTS),
+        ("member", "call_timeout_s = { generation = 0 }", TIMEOUTS),
+        ("member", "call_timeout_s = { generation = inf }", TIMEOUTS),
+        (
+            "member",
+            "call_timeout_s = { login = 5 }",
+            "member.call_timeout_s: unknown class 'login'; there are information, cryptography, generation",
+        ),
         ("member", "profile = 1", "member.profile: expected a string"),
         (
             "member",
@@ -291,9 +304,29 @@ def test_option_of_the_wrong_kind_is_refused_at_its_line(section: str, text: str
 
 
 @pytest.mark.parametrize("host", ["worker", "unix:/run/hsm.sock"])
-def test_a_call_has_a_limit_where_it_can_be_ended(host: str) -> None:
-    member = parse(f'{EAST}host = "{host}"\ncall_timeout_s = 0.5\n{WEST}{PROD}', "/x.toml").members[0]
-    assert (member.host, member.call_timeout_s) == (host, 0.5)
+@pytest.mark.parametrize(
+    ("said", "limits"),
+    [
+        ("", Timeouts(5, 20, 300)),
+        ("call_timeout_s = 0.5", Timeouts(0.5, 0.5, 7.5)),
+        ("call_timeout_s = 60", Timeouts(5, 60, 900)),
+        ("call_timeout_s = { generation = 7 }", Timeouts(5, 20, 7)),
+        ("call_timeout_s = { information = 1, cryptography = 2, generation = 3 }", Timeouts(1, 2, 3)),
+        ('call_timeout_s = "none"', NO_TIMEOUTS),
+    ],
+)
+def test_a_call_has_a_limit_where_it_can_be_ended(host: str, said: str, limits: Timeouts) -> None:
+    member = parse(f'{EAST}host = "{host}"\n{said}\n{WEST}{PROD}', "/x.toml").members[0]
+    assert (member.host, member.timeouts) == (host, limits)
+
+
+def test_a_call_in_this_process_has_none() -> None:
+    assert [m.timeouts for m in parse(EAST + WEST + PROD, "/x.toml").members] == [NO_TIMEOUTS] * 2
+
+
+def test_the_limits_are_those_of_the_classes() -> None:
+    names = [each.value for each in Deadline if each is not Deadline.CONNECT]
+    assert [field.name for field in fields(Timeouts)] == names
 
 
 def test_a_worker_at_a_socket_takes_no_environment() -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from demo.members import SoftToken, softhsm
 from pkcs11_ha.runtime import native
 from pkcs11_ha.spec import wire
-from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
+from pkcs11_ha.spec.functions import FUNCTIONS, INDEX, Deadline
 from tests import p11
 from tests.spec import golden
 
 ERROR_SIZE = 512
+PATIENCE_MS = 10000
 ROOM = 40  # bytes or elements of each output
 GUARD = 64
+
+
+def _limits(limits_ms: Mapping[str, int]) -> Any:
+    """By class; there is none where none is given, but for connecting."""
+    given = {Deadline.CONNECT.value: PATIENCE_MS} | dict(limits_ms)
+    return native.ffi.new("unsigned[]", [given.get(each.value, 0) for each in Deadline])
 
 
 class Refused(Exception):
@@ -27,22 +35,23 @@ class Remote:
         self.number = native.lib.ha_remote_new()
         assert self.number >= 0
 
-    def start(self, token: SoftToken, timeout_ms: int = 0) -> None:
+    def start(self, token: SoftToken, **limits_ms: int) -> None:
         names = [native.text(name) for name in token.env]
         entries = [native.text(f"{name}={value}") for name, value in token.env.items()]
         pointers = (native.ffi.new("char *[]", names), native.ffi.new("char *[]", entries))
         why = native.ffi.new("char[]", ERROR_SIZE)
         module = native.text(str(softhsm()))
         done = native.lib.ha_remote_start(
-            self.number, module, *pointers, len(names), timeout_ms, 10000, why, ERROR_SIZE
+            self.number, module, *pointers, len(names), _limits(limits_ms), why, ERROR_SIZE
         )
         if not done:
             raise Refused(native.ffi.string(why).decode())
 
-    def connect(self, path: object, timeout_ms: int = 0, patience_ms: int = 10000) -> None:
+    def connect(self, path: object, **limits_ms: int) -> None:
         why = native.ffi.new("char[]", ERROR_SIZE)
         where = native.text(str(path))
-        if not native.lib.ha_remote_connect(self.number, where, timeout_ms, patience_ms, why, ERROR_SIZE):
+        limits = _limits(limits_ms)
+        if not native.lib.ha_remote_connect(self.number, where, limits, why, ERROR_SIZE):
             raise Refused(native.ffi.string(why).decode())
 
     @property

@@ -127,7 +127,8 @@ def test_stopped_worker_without_a_limit_holds_its_call_and_nothing_else(
 ) -> None:
     """C_Finalize kills it in the end."""
     app = start(
-        *(t.member(host="worker") for t in tokens), recovery={"interval_s": 3600, "connect_timeout_s": 0.5}
+        *(t.member(host="worker", call_timeout_s="none") for t in tokens),
+        recovery={"interval_s": 3600, "connect_timeout_s": 0.5},
     )
     Use.begin(app, keys, "123456")
     pid = worker_of(tokens[0])

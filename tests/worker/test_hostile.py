@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
 from demo.members import SoftToken, Worker
 from pkcs11_ha.runtime import native
 from pkcs11_ha.spec import wire
-from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
+from pkcs11_ha.spec.functions import FUNCTIONS, INDEX, Deadline, deadline_class
 from pkcs11_ha.spec.wire import Item
 from tests.ha.app import until
 from tests.spec import golden
@@ -210,27 +210,43 @@ def test_who_does_not_greet_is_not_waited_for_long(peer: Peer, remote: Remote) -
     peer.hello = b""
     began = time.monotonic()
     with pytest.raises(Refused, match="the worker does not answer"):
-        remote.connect(peer.path, patience_ms=300)
+        remote.connect(peer.path, connect=300)
     assert 0.25 < time.monotonic() - began < 2
 
 
-def test_late_answer_is_none(peer: Peer, remote: Remote) -> None:
-    """Where keys are made, late is ten times as late."""
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("C_Initialize", [None]),
+        ("C_CloseSession", [1]),
+        ("C_DigestUpdate", [1, b"data", 4]),
+        ("C_Login", [1, 1, b"1234", 4]),
+    ],
+)
+def test_late_answer_is_none(peer: Peer, remote: Remote, name: str, arguments: list[Any]) -> None:
+    """How late is late, the class of the function says."""
+    given_up = threading.Event()
 
     def later(request: bytes) -> bytes:
-        time.sleep(0.6)
-        made = words(1, 8, 42) if FRAME.unpack(request[: FRAME.size])[0] == INDEX["C_GenerateKey"] else b""
-        return frame(request, words(0) + made)
+        given_up.wait(0.3)
+        return frame(request, words(0))
 
+    def much_later(request: bytes) -> bytes:
+        given_up.wait(20)
+        return later(request)
+
+    own = deadline_class(FUNCTIONS[INDEX[name]])
+    given = [native.ffi.NULL if each is None else each for each in arguments]
     peer.answer = later
-    remote.connect(peer.path, timeout_ms=200)
-    key = native.ffi.new("CK_OBJECT_HANDLE *")
-    null = native.ffi.NULL
-    assert (remote.call("C_GenerateKey", 1, null, null, 0, key), key[0]) == ("CKR_OK", 42)
+    remote.connect(peer.path, **{each.value: 200 for each in Deadline if each not in (own, Deadline.CONNECT)})
+    assert remote.call(name, *given) == "CKR_OK"
+    peer.answer = much_later
+    remote.connect(peer.path, **{own.value: 200})
     began = time.monotonic()
-    assert remote.call("C_CloseSession", 1) == "CKR_DEVICE_ERROR"
-    assert time.monotonic() - began < 0.5
+    assert remote.call(name, *given) == "CKR_DEVICE_ERROR"
+    assert 0.15 < time.monotonic() - began < 2
     assert not remote.alive
+    given_up.set()
 
 
 def test_worker_that_hangs_up_raises_no_signal(peer: Peer, remote: Remote) -> None:

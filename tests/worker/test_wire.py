@@ -24,7 +24,7 @@ NAMES = (
     "C_GenerateRandom",  # an output that is filled whole
     "C_SignMessageNext",  # a message's parameter, and an output that need not be
     "C_WrapKey",  # a mechanism, and an output
-    "C_GenerateKeyPair",  # templates, new objects and patience
+    "C_GenerateKeyPair",  # templates, and new objects
 )
 
 

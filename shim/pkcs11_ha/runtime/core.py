@@ -44,7 +44,7 @@ class Core:
         self.attempting = threading.Lock()  # one recovery attempt at a time
         self.changed = threading.Condition()  # a group vanished or returned, or the end has come
         self.stopping = False
-        self.libraries = Libraries(self.may_use_threads)
+        self.libraries = Libraries(self.may_use_threads, settings.recovery.connect_timeout_s)
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
         self.members = {c.name: Member(c, clock()) for c in configs}

@@ -105,10 +105,10 @@ class RemoteInstance(Instance):
 
     remote = True
 
-    def __init__(self, config: MemberConfig) -> None:
+    def __init__(self, config: MemberConfig, connect_timeout_s: float) -> None:
         super().__init__(None, config.module, config, None)
         try:
-            self.worker = Worker(config)
+            self.worker = Worker(config, connect_timeout_s)
         except WorkerError as error:
             raise LibraryError(str(error)) from None
         self.count = len(FUNCTIONS)
@@ -141,8 +141,9 @@ class RemoteInstance(Instance):
 class Libraries:
     """All instances of one run, from C_Initialize to C_Finalize."""
 
-    def __init__(self, can_create_threads: bool) -> None:
+    def __init__(self, can_create_threads: bool, connect_timeout_s: float) -> None:
         self.can_create_threads = can_create_threads
+        self.connect_timeout_s = connect_timeout_s
         self.instances: list[Instance] = []
         self.lock = threading.Lock()  # of `instances`; held while a library is loaded, not while initialised
 
@@ -150,7 +151,7 @@ class Libraries:
         """The instance a member lives in, loaded if need be and not yet initialised."""
         with self.lock:
             if config.host != "process":
-                remote = RemoteInstance(config)
+                remote = RemoteInstance(config, self.connect_timeout_s)
                 remote.members.add(config.name)
                 self.instances.append(remote)
                 return remote

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pkcs11_ha.config import MemberConfig
 from pkcs11_ha.runtime import native
+from pkcs11_ha.spec.functions import Deadline
 
 SOCKET = "unix:"
-_HELLO_S = 30.0  # for a library to be loaded; less where calls have a limit
-_LATE = 10  # times the limit of a call
 
 
 class WorkerError(Exception):
@@ -19,8 +19,9 @@ class WorkerError(Exception):
 class Worker:
     """The process that has a member's vendor library; one that a fork left behind belongs to the parent."""
 
-    def __init__(self, config: MemberConfig) -> None:
+    def __init__(self, config: MemberConfig, connect_timeout_s: float) -> None:
         self.config = config
+        self.connect_timeout_s = connect_timeout_s
         self.generation = native.lib.ha_fork_generation()
         self.number = int(native.lib.ha_remote_new())
         if self.number < 0:
@@ -29,13 +30,10 @@ class Worker:
     def start(self) -> None:
         """A new process, or a new one behind the socket; the one before is killed.  Raises WorkerError."""
         host, why = self.config.host, native.ffi.new("char[512]")
-        limit_ms = (
-            max(1, round((self.config.call_timeout_s or 0) * 1000)) if self.config.call_timeout_s else 0
-        )
-        patience_ms = min(round(_HELLO_S * 1000), limit_ms * _LATE or round(_HELLO_S * 1000))
+        limits_ms = native.ffi.new("unsigned[]", [_milliseconds(self._limit_s(each)) for each in Deadline])
         if host.startswith(SOCKET):
             path = native.text(host.removeprefix(SOCKET))
-            done = native.lib.ha_remote_connect(self.number, path, limit_ms, patience_ms, why, 512)
+            done = native.lib.ha_remote_connect(self.number, path, limits_ms, why, 512)
         else:
             variables = [native.text(name) for name, _ in self.config.env]
             entries = [native.text(f"{name}={value}") for name, value in self.config.env]
@@ -45,13 +43,17 @@ class Worker:
                 native.ffi.new("char *[]", variables),
                 native.ffi.new("char *[]", entries),
                 len(entries),
-                limit_ms,
-                patience_ms,
+                limits_ms,
                 why,
                 512,
             )
         if not done:
             raise WorkerError(_printable(native.ffi.string(why)))
+
+    def _limit_s(self, deadline: Deadline) -> float:
+        if deadline is Deadline.CONNECT:
+            return self.connect_timeout_s
+        return float(getattr(self.config.timeouts, deadline.value))
 
     def function(self, row: int) -> Any:
         """The stub of a row; NULL if the library has no such function."""
@@ -77,6 +79,11 @@ class Worker:
     @property
     def _is_ours(self) -> bool:
         return bool(self.generation == native.lib.ha_fork_generation())
+
+
+def _milliseconds(seconds: float) -> int:
+    """0 is no limit, and none comes of rounding; more than 24 days are as good as for ever."""
+    return min(math.ceil(seconds * 1000), 2**31 - 1)
 
 
 def _printable(text: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from .functions import FUNCTIONS, Effect, Function, Op, Phase, Role, Route
+from .functions import FUNCTIONS, Deadline, Effect, Function, Op, Phase, Role, Route
 from .mechanisms import BYTES, KEY_DERIVATION_ARRAYS, MECHANISMS, MESSAGES, PARAMETERS, Parameter
 from .signature import Argument
 
@@ -407,6 +407,7 @@ def functions_header(prototypes: Prototypes) -> str:
         if row.route is Route.NATIVE
     )
     phases = ", ".join(f"HA_PHASE_{phase.name} = {int(phase)}" for phase in Phase)
+    deadlines = ", ".join(f"HA_DEADLINE_{each.name}" for each in Deadline)
     counts = "\n".join(
         f"    HA_FUNCTIONS_{version.replace('.', '_')} = {_how_many(version)}," for version in _VERSIONS
     )
@@ -416,6 +417,7 @@ def functions_header(prototypes: Prototypes) -> str:
         f"enum {{\n{numbers}\n    HA_FUNCTIONS\n}};\n\n"
         f"enum {{\n{counts}\n    HA_OPS = {len(OPERATIONS)},\n    HA_ROW_OBJECTS = {objects}\n}};\n\n"
         f"enum {{ {phases} }};\n\n"
+        f"enum {{ {deadlines}, HA_DEADLINES }}; /* how patient a member's caller is */\n\n"
         "struct ha_row {\n    uint32_t ops;\n    uint8_t phase;\n    bool primary, gathers, keep;\n"
         "    uint16_t bad_object[HA_ROW_OBJECTS];\n};\n\n"
         "extern const unsigned ha_init_rows[HA_OPS];\nextern const CK_FLAGS ha_cancel_flags[HA_OPS];\n\n"

@@ -86,6 +86,15 @@ class Phase(enum.IntEnum):
     FINAL = 5  # ends it
 
 
+class Deadline(enum.Enum):
+    """Which of the limits a call of a member has; how long each is, the configuration says."""
+
+    CONNECT = "connect"  # starting a library
+    INFORMATION = "information"  # slots, tokens, sessions, attributes, finding
+    CRYPTOGRAPHY = "cryptography"  # operations, and what makes, moves or changes objects
+    GENERATION = "generation"  # new keys, and what waits for a person or a whole token
+
+
 @dataclass(frozen=True)
 class Function:
     """One row.  `roles` has one entry per argument of the prototype, in its order."""
@@ -256,3 +265,21 @@ def _since(version: str, rows: tuple[Function, ...]) -> tuple[Function, ...]:
 
 FUNCTIONS: tuple[Function, ...] = _since("2.40", _2_40) + _since("3.0", _3_0) + _since("3.2", _3_2)
 INDEX: dict[str, int] = {row.name: index for index, row in enumerate(FUNCTIONS)}
+
+
+def deadline_class(row: Function) -> Deadline:
+    """How patient a caller of a member's function is."""
+    if row.name == "C_Initialize":
+        return Deadline.CONNECT
+    # Keys from nothing.  And a PIN may be a person's at the device (CKF_PROTECTED_AUTHENTICATION_PATH), who is looked
+    # for first; C_InitToken erases a token.
+    is_generated = (
+        row.effect is Effect.CREATE and Role.MECHANISM in row.roles and Role.OBJECT not in row.roles
+    )
+    if is_generated or row.effect is Effect.CREDENTIAL:
+        return Deadline.GENERATION
+    # Of what changes nothing: wrapping, and random numbers.
+    has_data = not {Role.MECHANISM, Role.IN, Role.FILL}.isdisjoint(row.roles)
+    if row.effect in (Effect.CRYPTO, Effect.CREATE, Effect.WRITE) or (row.effect is Effect.READ and has_data):
+        return Deadline.CRYPTOGRAPHY
+    return Deadline.INFORMATION

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .emit import BANNER, Prototypes
-from .functions import FUNCTIONS, Effect, Function, Role
+from .functions import FUNCTIONS, Function, Role, deadline_class
 from .mechanisms import MECHANISMS, PARAMETERS
 from .signature import Argument
 
@@ -158,14 +158,10 @@ def _parameters(arguments: Sequence[Argument]) -> str:
     return ", ".join(f"{a.type} {a.name}" for a in arguments)
 
 
-# Making keys takes its time, and starting a library or a token does.
-_PATIENT = ("C_Initialize", "C_InitToken")
-
-
 def stub(row: Function, arguments: Sequence[Argument]) -> str:
     """The function that all remotes' stubs of a row share."""
     carried = list(items(row, arguments))
-    patience = "HA_PATIENT" if row.effect is Effect.CREATE or row.name in _PATIENT else "1"
+    deadline = f"HA_DEADLINE_{deadline_class(row).name}"
     asks = [f"        {line}\n" for line in map(_ask, carried) if line]
     takes = [f"            {line}\n" for line in map(_take, carried) if line]
     answer = (
@@ -177,7 +173,7 @@ def stub(row: Function, arguments: Sequence[Argument]) -> str:
     return (
         f"static RARE CK_RV ask_{row.name}(unsigned remote, {_parameters(arguments)})\n{{\n"
         "    struct ha_exchange x;\n" + "".join(unused)
-        + f"    if (ha_ask(&x, remote, FN_{row.name}, {patience})) {{\n"
+        + f"    if (ha_ask(&x, remote, FN_{row.name}, {deadline})) {{\n"
         + "".join(asks) + answer + "    }\n    return ha_asked(&x);\n}\n"
     )  # fmt: skip
 
