@@ -109,8 +109,8 @@ char *ha_getenv(char *name); /* NULL in a process with more rights than its call
 
 /* ---- vendor libraries in a process of their own: a number for each, -1: too many ---- */
 int ha_remote_new(void);
-int ha_remote_start(int remote, char *module, char **variables, char **entries, unsigned count, unsigned *limits_ms,
-                    char *error, size_t error_size); /* a limit for each HA_DEADLINE_…, 0: none */
+int ha_remote_start(int remote, char **arguments, char **environment, unsigned *limits_ms, char *error,
+                    size_t error_size); /* a limit for each HA_DEADLINE_…, 0: none */
 int ha_remote_connect(int remote, char *path, unsigned *limits_ms, char *error, size_t error_size);
 void *ha_remote_function(int remote, unsigned row); /* NULL: its library has none */
 void ha_remote_version(int remote, unsigned *major, unsigned *minor);

@@ -23,8 +23,6 @@
 #include "build.gen.h" /* HA_WORKER */
 #include "wire.h"
 
-extern char **environ;
-
 enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HELLO_LIMIT = 1 << 14, FAREWELL_MS = 2000 };
 
 #define INSIDE_A_WORKER "PKCS11_HA_INSIDE_A_WORKER" /* a worker starts no workers: it may be loading us */
@@ -158,13 +156,13 @@ static void kill_locked(struct remote *remote)
 {
     if (!remote->alive) return;
     remote->alive = false;
+    close_fd(&remote->control); /* its end as well, where we have not got the right to kill it any more */
     if (remote->pidfd >= 0) {
         siginfo_t info;
-        syscall(SYS_pidfd_send_signal, remote->pidfd, SIGKILL, NULL, 0);
-        if (takes_in_orphans()) waitid((idtype_t)P_PIDFD, (id_t)remote->pidfd, &info, WEXITED);
+        bool killed = syscall(SYS_pidfd_send_signal, remote->pidfd, SIGKILL, NULL, 0) == 0;
+        if (killed && takes_in_orphans()) waitid((idtype_t)P_PIDFD, (id_t)remote->pidfd, &info, WEXITED);
     }
     close_fd(&remote->pidfd);
-    close_fd(&remote->control);
     for (struct ha_channel *channel = remote->channels, *next; channel; channel = next) {
         next = channel->next;
         if (channel->in_use) {
@@ -380,55 +378,48 @@ static pid_t spawn(char **argv, char **envp, int control, int *error)
     return birth.error ? -1 : birth.pid;
 }
 
-static bool names(const char *entry, const char *name)
+/* Our own entries, the others, and NULL; the entries are not copied.  NULL: no memory. */
+static char **listed(char *const *own, size_t count, char **others)
 {
-    size_t size = strlen(name);
-    return strncmp(entry, name, size) == 0 && entry[size] == '=';
+    size_t n = 0;
+    while (others[n]) n++;
+    char **list = calloc(count + n + 1, sizeof *list);
+    if (!list) return NULL;
+    memcpy(list, own, count * sizeof *list);
+    memcpy(list + count, others, n * sizeof *list);
+    return list;
 }
 
-/* The application's environment with the member's in its place; the entries of the latter are the caller's. */
-static char **environment_with(char **entries, char **variables, unsigned count)
-{
-    size_t n = 0, all = 0;
-    char **before = environ;
-    while (before && before[n]) n++;
-    char **envp = calloc(n + count + 2, sizeof *envp);
-    if (!envp) return NULL;
-    for (size_t k = 0; k < n; k++) {
-        bool replaced = false;
-        for (unsigned v = 0; v < count && !replaced; v++) replaced = names(before[k], variables[v]);
-        if (!replaced) envp[all++] = before[k];
-    }
-    for (unsigned v = 0; v < count; v++) envp[all++] = entries[v];
-    envp[all] = INSIDE_A_WORKER "=1";
-    return envp;
-}
-
-/* `variables` are the names, `entries` NAME=value. 0 with one line in `error`. */
-int ha_remote_start(int number, char *module, char **variables, char **entries, unsigned count, unsigned *limits_ms,
-                    char *error, size_t error_size)
+/*
+ * `arguments` are the worker's after the number of its parent, its module first; `environment` is all that it gets.
+ * Both end with NULL.  0 with one line in `error`.
+ */
+int ha_remote_start(int number, char **arguments, char **environment, unsigned *limits_ms, char *error,
+                    size_t error_size)
 {
     struct remote *remote = &remotes[number];
     char parent[16];
-    char *argv[] = {HA_WORKER, "--parent", parent, module, NULL};
+    char *const program[] = {HA_WORKER, "--parent", parent}, *const marks[] = {INSIDE_A_WORKER "=1"};
     int ends[2], why = 0;
     ha_remote_kill(number);
     if (getenv(INSIDE_A_WORKER)) {
-        snprintf(error, error_size, "%s: a worker starts no workers", module);
+        snprintf(error, error_size, "%s: a worker starts no workers", arguments[0]);
         return 0;
     }
     snprintf(parent, sizeof parent, "%d", (int)getpid());
-    char **envp = environment_with(entries, variables, count);
-    if (!envp || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
+    char **argv = listed(program, 3, arguments), **envp = listed(marks, 1, environment);
+    if (!argv || !envp || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
         snprintf(error, error_size, "no worker: %s", strerror(errno));
+        free(argv);
         free(envp);
         return 0;
     }
     pid_t pid = spawn(argv, envp, ends[1], &why);
+    free(argv);
     free(envp);
     close(ends[1]);
     if (pid < 0) {
-        snprintf(error, error_size, "%s: %s", argv[0], strerror(why));
+        snprintf(error, error_size, "%s: %s", HA_WORKER, strerror(why));
         close(ends[0]);
         return 0;
     }
@@ -436,7 +427,7 @@ int ha_remote_start(int number, char *module, char **variables, char **entries, 
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     char go = 'g';
     if (send(ends[0], &go, 1, MSG_NOSIGNAL) != 1) close_fd(&pidfd);
-    return begin_life(remote, module, ends[0], pidfd, limits_ms, error, error_size);
+    return begin_life(remote, arguments[0], ends[0], pidfd, limits_ms, error, error_size);
 }
 
 static bool is_trusted(int fd)

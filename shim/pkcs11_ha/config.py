@@ -1,6 +1,7 @@
 """The configuration: every option in one table, read from TOML, and refused with file, line and key."""
 
 import os
+import pwd
 import re
 import stat
 import tomllib
@@ -20,6 +21,12 @@ REPLAY_LIMIT = 1 << 20
 
 ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
 """The variables that say where things are."""
+
+WORKER_ENVIRONMENT = (
+    *("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL"),
+    *("LC_COLLATE", "LC_CTYPE", "LC_MESSAGES", "LC_MONETARY", "LC_NUMERIC", "LC_TIME"),
+)
+"""The variables of the application that its workers have too."""
 
 Mode = Literal["call", "background"]
 Instance = Literal["shared", "own"]
@@ -64,7 +71,7 @@ _GENERATION_FACTOR = 15  # times what cryptography may take
 
 @dataclass(frozen=True)
 class MemberConfig:
-    """`[[member]]`: one token of one vendor library; `env` is (name, value) pairs, `pin_source` a path."""
+    """`[[member]]`: one token of one vendor library; `env` and `limits` are (name, value), `pin_source` a path."""
 
     name: str
     module: str
@@ -76,6 +83,8 @@ class MemberConfig:
     host: str
     profile: str
     call_timeout_s: Timeouts | None
+    user: str | None
+    limits: tuple[tuple[str, int], ...]
 
     @property
     def timeouts(self) -> Timeouts:
@@ -220,6 +229,22 @@ def _timeouts(given: Any) -> Timeouts:
     return Timeouts(**given)
 
 
+LIMITS = ("memory_bytes", "open_files", "cpu_s", "core")
+"""What a worker may use: RLIMIT_AS, RLIMIT_NOFILE, RLIMIT_CPU, RLIMIT_CORE."""
+
+
+def _limits(given: Any) -> tuple[tuple[str, int], ...]:
+    if not isinstance(given, dict):
+        raise ValueError
+    for name, value in given.items():
+        if name not in LIMITS:
+            raise ValueError(f"unknown limit {name!r}; there are {', '.join(LIMITS)}")
+        least = 0 if name == "core" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+            raise ValueError
+    return tuple(given.items())
+
+
 def _log_spec(given: str) -> str:
     parse_target(given)
     return given
@@ -265,6 +290,8 @@ _HOST = _form(
     '"process", "worker" or "unix:/path"',
     lambda given: given in HOSTS or (_is_text(given) and given.startswith("unix:/")),
 )
+_LIMITS = Form("a table of whole numbers above 0 (core may be 0)", _limits)
+_USER = _form("the name of a user", lambda given: _is_text(given) and given != "")
 _PIN_SOURCE = _form('"file:/path"', _is_text, parse_pin_source)
 
 _REQUIRED = object()
@@ -305,7 +332,14 @@ OPTIONS = (
     Option("member", "name", _NAME, _REQUIRED, "What groups, log and tools call the member."),
     Option("member", "module", _PATH, _REQUIRED, "The vendor's PKCS#11 library."),
     Option("member", "token", _TOKEN, _REQUIRED, "Which of the library's tokens it is."),
-    Option("member", "env", _ENVIRONMENT, (), "Environment while the library is loaded and initialised."),
+    Option(
+        "member",
+        "env",
+        _ENVIRONMENT,
+        (),
+        "Environment while the library is loaded and initialised. A worker has no other, but for the application's"
+        f" {', '.join(WORKER_ENVIRONMENT[:-1])} and {WORKER_ENVIRONMENT[-1]}.",
+    ),
     Option("member", "init_args", _TEXT, None, "The string C_Initialize gets in pReserved (NSS)."),
     Option("member", "pin_source", _PIN_SOURCE, None, "File with the PIN, where the member has its own."),
     Option("member", "instance", _choice(get_args(Instance)), "shared", "A copy of the library, or shared."),
@@ -327,6 +361,22 @@ OPTIONS = (
         f" said is `{{ information = {Timeouts.information}, cryptography = {Timeouts.cryptography}, generation ="
         f" {Timeouts.generation} }}`. A number N is that of cryptography: information has N or"
         f' {Timeouts.information}, whichever is less, generation {_GENERATION_FACTOR} N. Not for `host = "process"`.',
+    ),
+    Option(
+        "member",
+        "user",
+        _USER,
+        None,
+        'Who runs the library, with that user\'s groups and HOME: only with `host = "worker"` in an application that'
+        " runs as root.",
+    ),
+    Option(
+        "member",
+        "limits",
+        _LIMITS,
+        (),
+        f"What the worker may use ({', '.join(LIMITS)}; see `getrlimit`), over its whole life: then the system refuses"
+        ' it, or ends it. Only with `host = "worker"`.',
     ),
     #
     Option("group", "label", _padded(1, 32), _REQUIRED, "Label of the virtual token."),
@@ -551,6 +601,8 @@ def load(path: str, profiles: Sequence[str] = PROFILES) -> Config:
             problem = file and _problem_with(file)
             if problem:
                 raise _Source(path, text).error(("member", number, key), f"{file}: {problem}")
+        if member.user is not None and (problem := _problem_with_user(member.user)):
+            raise _Source(path, text).error(("member", number, "user"), problem)
     return config
 
 
@@ -589,6 +641,17 @@ def _problem_with(path: str) -> str | None:
     if directory:
         return "is a directory"
     return None if os.access(path, os.R_OK, effective_ids=True) else "permission denied"
+
+
+def _problem_with_user(name: str) -> str | None:
+    """Why no worker can be run as that user, if so."""
+    if os.geteuid() != 0:
+        return "only an application that runs as root can do that"
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return f"there is no user {name!r}"
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -676,6 +739,9 @@ def _check_hosts(config: Config, source: _Source) -> None:
         if member.host == "process" and member.timeouts != NO_TIMEOUTS:
             problem = 'a call in this process cannot be ended: only with host = "worker" or "unix:/path"'
             raise source.error(("member", number, "call_timeout_s"), problem)
+        for key, value in (("user", member.user), ("limits", member.limits)):
+            if value and member.host != "worker":
+                raise source.error(("member", number, key), 'only with host = "worker"')
         if member.host.startswith("unix:") and member.env:
             raise source.error(
                 ("member", number, "env"), "the worker at a socket has an environment of its own"

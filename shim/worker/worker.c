@@ -1,7 +1,8 @@
 /*
  * pkcs11-ha-worker: one vendor library in a process of its own, for the stubs of one client.
  *
- *   pkcs11-ha-worker --parent PID MODULE                          started by a member: its socket is descriptor 3
+ *   pkcs11-ha-worker --parent PID MODULE [--limit NAME=NUMBER]... [--user NAME]
+ *                                                                 started by a member: its socket is descriptor 3
  *   pkcs11-ha-worker --listen PATH MODULE [--init-args TEXT]      for others: a process per client, at a Unix socket
  *
  * A client's control socket brings further sockets, its channels: each has a thread, and one call at a time.  When
@@ -9,12 +10,15 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <poll.h>
+#include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -27,6 +31,7 @@ enum { CHANNELS_AT_ONCE = 8 };
 
 static void *functions[HA_FUNCTIONS];
 static char *listening_at;
+static char **confinement; /* pairs of --limit or --user and what follows it, in this order, and NULL */
 
 /* library.c guards its calls with it: here the signal is ignored. */
 unsigned char ha_guard_enter(void)
@@ -66,6 +71,47 @@ static void *serve_channel(void *argument)
         serve_free(&s);
     }
     close(fd);
+    return NULL;
+}
+
+/* ---- what this process may ---- */
+
+static bool limit(const char *wanted)
+{
+    static const struct {
+        const char *name;
+        int resource;
+    } limits[] = {
+        {"memory_bytes=", RLIMIT_AS}, {"open_files=", RLIMIT_NOFILE}, {"cpu_s=", RLIMIT_CPU}, {"core=", RLIMIT_CORE}};
+    for (size_t k = 0; k < sizeof limits / sizeof *limits; k++) {
+        size_t size = strlen(limits[k].name);
+        if (strncmp(wanted, limits[k].name, size) != 0) continue;
+        rlim_t number = strtoull(wanted + size, NULL, 10);
+        return setrlimit(limits[k].resource, &(struct rlimit){number, number}) == 0;
+    }
+    errno = EINVAL;
+    return false;
+}
+
+/* For good: with that user's groups, and none of the rights of before. */
+static bool become(const char *name)
+{
+    errno = ENOENT;
+    const struct passwd *user = getpwnam(name);
+    return user && initgroups(name, user->pw_gid) == 0 && setresgid(user->pw_gid, user->pw_gid, user->pw_gid) == 0 &&
+           setresuid(user->pw_uid, user->pw_uid, user->pw_uid) == 0;
+}
+
+/* Before the library is loaded: NULL or why it is not to be. */
+static const char *confine(void)
+{
+    static char error[512];
+    for (char **option = confinement; option && *option; option += 2) {
+        bool is_limit = strcmp(option[0], "--limit") == 0;
+        if (is_limit ? limit(option[1]) : become(option[1])) continue;
+        snprintf(error, sizeof error, "%s %s: %s", is_limit ? "limit" : "user", option[1], strerror(errno));
+        return error;
+    }
     return NULL;
 }
 
@@ -140,7 +186,8 @@ static _Noreturn void serve_client(int control, int client, char *module)
     /* It has a hold of us now, by a descriptor and not by a number. */
     while (recv(control, &go, 1, 0) < 0 && errno == EINTR) {
     }
-    const char *error = load(module, &major, &minor);
+    const char *error = confine();
+    if (!error) error = load(module, &major, &minor);
     if (!greet(control, error, major, minor)) _exit(1);
     struct pollfd ends[] = {{.fd = control, .events = POLLIN}, {.fd = client, .events = POLLIN}};
     for (;;) {
@@ -236,10 +283,12 @@ int main(int argc, char **argv)
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL); /* whoever started us had reasons to block some */
     signal(SIGPIPE, SIG_IGN);
-    if (argc < 4) usage();
-    if (argc > 4 && (argc != 6 || strcmp(argv[4], "--init-args") != 0)) usage();
+    if (argc < 4 || argc % 2 != 0) usage();
+    if (strcmp(argv[1], "--parent") == 0) {
+        confinement = argv + 4;
+        serve_parent((pid_t)atoi(argv[2]), argv[3]);
+    }
+    if (strcmp(argv[1], "--listen") != 0 || argc > 6 || (argc == 6 && strcmp(argv[4], "--init-args") != 0)) usage();
     if (argc == 6) serve_init_args = argv[5];
-    if (strcmp(argv[1], "--parent") == 0) serve_parent((pid_t)atoi(argv[2]), argv[3]);
-    if (strcmp(argv[1], "--listen") != 0) usage();
     serve_all(argv[2], argv[3]);
 }

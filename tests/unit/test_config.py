@@ -79,6 +79,8 @@ def test_smallest_configuration_has_the_documented_defaults() -> None:
                 host="process",
                 profile="auto",
                 call_timeout_s=None,
+                user=None,
+                limits=(),
             )
             for name in ("east", "west")
         ),
@@ -161,6 +163,8 @@ def test_every_option_can_be_set() -> None:
         host="process",
         profile="p11-kit",
         call_timeout_s=None,
+        user=None,
+        limits=(),
     )
     assert spare.name == "spare"
     assert given_.groups == (
@@ -257,6 +261,18 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("member", 'host = "unix:run/x"', 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", "host = 1", 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", "call_timeout_s = 0", TIMEOUTS),
+        ("member", 'user = ""', "member.user: expected the name of a user"),
+        ("member", "user = 0", "member.user: expected the name of a user"),
+        ("member", "limits = 1", "member.limits: expected a table of whole numbers above 0"),
+        ("member", "limits = { cpu_s = 0 }", "member.limits: expected a table of whole numbers above 0"),
+        ("member", "limits = { core = -1 }", "member.limits: expected a table of whole numbers above 0"),
+        ("member", "limits = { core = 1.5 }", "member.limits: expected a table of whole numbers above 0"),
+        ("member", "limits = { core = true }", "member.limits: expected a table of whole numbers above 0"),
+        (
+            "member",
+            "limits = { stack = 1 }",
+            "member.limits: unknown limit 'stack'; there are memory_bytes, open_files, cpu_s, core",
+        ),
         ("member", "call_timeout_s = true", TIMEOUTS),
         ("member", 'call_timeout_s = "20"', TIMEOUTS),
         ("member", "call_timeout_s = { generation = 0 }", TIMEOUTS),
@@ -327,6 +343,45 @@ def test_a_call_in_this_process_has_none() -> None:
 def test_the_limits_are_those_of_the_classes() -> None:
     names = [each.value for each in Deadline if each is not Deadline.CONNECT]
     assert [field.name for field in fields(Timeouts)] == names
+
+
+@pytest.mark.parametrize("host", ["process", "unix:/run/x"])
+@pytest.mark.parametrize("said", ['user = "hsm-east"', "limits = { core = 0 }"])
+def test_only_a_worker_of_ours_is_confined(host: str, said: str) -> None:
+    key = said.partition(" ")[0]
+    complaint = f'/x.toml:6: member.{key}: only with host = "worker"'
+    assert option(f'host = "{host}"\n{said}', "member") == complaint
+
+
+def test_a_worker_is_confined_as_it_is_said() -> None:
+    said = 'user = "hsm-east"\nlimits = { memory_bytes = 1_000_000, core = 0 }'
+    member = parse(f'{EAST}host = "worker"\n{said}\n{WEST}{PROD}', "/x.toml").members[0]
+    assert (member.user, member.limits) == ("hsm-east", (("memory_bytes", 1000000), ("core", 0)))
+
+
+@pytest.mark.parametrize(
+    ("user", "euid", "problem"),
+    [
+        ("root", 1000, "only an application that runs as root can do that"),
+        ("root", 0, None),
+        ("nobody-of-that-name", 0, "there is no user 'nobody-of-that-name'"),
+    ],
+)
+def test_a_worker_is_run_as_another_user_by_root_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str, euid: int, problem: str | None
+) -> None:
+    module = tmp_path / "m.so"
+    module.touch()
+    text = f'{EAST}host = "worker"\nuser = "{user}"\n{PROD}'.replace(', "west"', "")
+    path = tmp_path / "x.toml"
+    path.write_text(text.replace("/usr/lib/m.so", str(module)))
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    if problem is None:
+        assert load(str(path)).members[0].user == user
+        return
+    with pytest.raises(ConfigError) as refused:
+        load(str(path))
+    assert str(refused.value) == f"{path}:6: member.user: {problem}"
 
 
 def test_a_worker_at_a_socket_takes_no_environment() -> None:

@@ -36,13 +36,16 @@ class Remote:
         assert self.number >= 0
 
     def start(self, token: SoftToken, **limits_ms: int) -> None:
-        names = [native.text(name) for name in token.env]
-        entries = [native.text(f"{name}={value}") for name, value in token.env.items()]
-        pointers = (native.ffi.new("char *[]", names), native.ffi.new("char *[]", entries))
+        arguments = [native.text(str(softhsm())), native.ffi.NULL]
+        entries = [*(native.text(f"{name}={value}") for name, value in token.env.items()), native.ffi.NULL]
         why = native.ffi.new("char[]", ERROR_SIZE)
-        module = native.text(str(softhsm()))
         done = native.lib.ha_remote_start(
-            self.number, module, *pointers, len(names), _limits(limits_ms), why, ERROR_SIZE
+            self.number,
+            native.ffi.new("char *[]", arguments),
+            native.ffi.new("char *[]", entries),
+            _limits(limits_ms),
+            why,
+            ERROR_SIZE,
         )
         if not done:
             raise Refused(native.ffi.string(why).decode())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pwd
+from collections.abc import Iterator
 from typing import Any
 
-from pkcs11_ha.config import MemberConfig
+from pkcs11_ha.config import WORKER_ENVIRONMENT, MemberConfig
 from pkcs11_ha.runtime import native
 from pkcs11_ha.spec.functions import Deadline
 
@@ -35,20 +37,33 @@ class Worker:
             path = native.text(host.removeprefix(SOCKET))
             done = native.lib.ha_remote_connect(self.number, path, limits_ms, why, 512)
         else:
-            variables = [native.text(name) for name, _ in self.config.env]
-            entries = [native.text(f"{name}={value}") for name, value in self.config.env]
+            arguments = [native.text(each) for each in self._arguments()]
+            entries = [native.text(f"{name}={value}") for name, value in self._environment().items()]
             done = native.lib.ha_remote_start(
                 self.number,
-                native.text(self.config.module),
-                native.ffi.new("char *[]", variables),
-                native.ffi.new("char *[]", entries),
-                len(entries),
+                native.ffi.new("char *[]", [*arguments, native.ffi.NULL]),
+                native.ffi.new("char *[]", [*entries, native.ffi.NULL]),
                 limits_ms,
                 why,
                 512,
             )
         if not done:
             raise WorkerError(_printable(native.ffi.string(why)))
+
+    def _arguments(self) -> Iterator[str]:
+        """What the worker is told besides whose it is."""
+        yield self.config.module
+        for name, value in self.config.limits:
+            yield from ("--limit", f"{name}={value}")
+        if self.config.user is not None:
+            yield from ("--user", self.config.user)
+
+    def _environment(self) -> dict[str, str]:
+        """All that it gets: the application's may hold secrets, and steer a library where nobody would look for it."""
+        kept = {name: value for name in WORKER_ENVIRONMENT if (value := native.getenv(name)) is not None}
+        if self.config.user is not None:
+            kept["HOME"] = pwd.getpwnam(self.config.user).pw_dir
+        return kept | dict(self.config.env)
 
     def _limit_s(self, deadline: Deadline) -> float:
         if deadline is Deadline.CONNECT:
