@@ -183,6 +183,8 @@ int ha_session_may_move(ha_session *session)
 
 /* ---- doing it again ---- */
 
+enum outcome { DONE, LOOK_AGAIN, REFUSED, DIFFERENT };
+
 /* A call of one operation on the member that `call` was given. */
 static ha_call part_of(const ha_call *call, unsigned row)
 {
@@ -191,10 +193,9 @@ static ha_call part_of(const ha_call *call, unsigned row)
     part.target = call->target;
     part.member_session = call->member_session;
     part.tried = call->tried;
+    part.repairs = call->repairs;
     return part;
 }
-
-enum outcome { DONE, LOOK_AGAIN, REFUSED, DIFFERENT };
 
 /* Its objects on that member; LOOK_AGAIN: something has changed, or the call is finished. */
 static enum outcome resolve(ha_call *call, ha_call *part)
@@ -204,6 +205,7 @@ static enum outcome resolve(ha_call *call, ha_call *part)
         if (part->member_object[i]) continue;
         CK_RV rv = ha_unseal(ha_core.locate(part));
         call->tried = part->tried;
+        call->repairs = part->repairs;
         if (rv != HA_AGAIN) {
             call->rv = rv;
             call->finished = 1;
@@ -213,7 +215,16 @@ static enum outcome resolve(ha_call *call, ha_call *part)
     return DONE;
 }
 
-static enum outcome repeat_init(ha_call *call, unsigned op)
+/* What the member said to one step, whose output is to be that of before. */
+static enum outcome outcome_of(ha_call *call, CK_RV rv, bool same)
+{
+    if (rv == CKR_OK) return same ? DONE : DIFFERENT;
+    if (rv == CKR_BUFFER_TOO_SMALL) return DIFFERENT;
+    call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
+    return REFUSED;
+}
+
+static enum outcome repeat_init(ha_call *call, unsigned op, bool *begun)
 {
     struct ha_operation *operation = &call->session->operation[op];
     ha_call init = part_of(call, ha_init_rows[op]);
@@ -223,22 +234,18 @@ static enum outcome repeat_init(ha_call *call, unsigned op)
     init.mechanism = init.member_mechanism = ha_mechanism_kept(given);
     if (operation->key) init.object[init.objects++] = operation->key;
     CK_RV rv = init.mechanism->pParameter ? ha_mechanism_objects(&init) : CKR_OK;
-    enum outcome outcome = rv == CKR_OK ? resolve(call, &init) : REFUSED;
-    if (outcome == DONE && init.translate) rv = ha_mechanism_translate(&init);
-    if (outcome == DONE && rv == CKR_OK) {
-        if (ha_enter(call->target, call->epoch, &init)) {
-            size_t at = 0;
-            struct entry entry = {0};
-            const unsigned char *in = next_entry(operation, &at, &entry);
-            rv = ha_replay(&init, op, in, in ? entry.in : 0);
-            ha_leave(call->target, &init);
-        } else {
-            outcome = LOOK_AGAIN;
-        }
+    enum outcome outcome = rv == CKR_OK ? resolve(call, &init) : outcome_of(call, rv, true);
+    if (outcome == DONE && init.translate) outcome = outcome_of(call, ha_mechanism_translate(&init), true);
+    if (outcome == DONE && !ha_enter(call->target, call->epoch, &init)) outcome = LOOK_AGAIN;
+    if (outcome == DONE) {
+        size_t at = 0;
+        struct entry entry = {0};
+        const unsigned char *in = next_entry(operation, &at, &entry);
+        *begun = true;
+        rv = ha_replay(&init, op, in, in ? entry.in : 0);
+        ha_leave(call->target, &init);
+        outcome = outcome_of(call, rv, ha_mechanism_is(operation, init.mechanism));
     }
-    if (outcome == DONE && rv != CKR_OK) outcome = REFUSED;
-    if (outcome == DONE && !ha_mechanism_is(operation, init.mechanism)) outcome = DIFFERENT;
-    if (outcome == REFUSED) call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
     free(init.mechanism_copy);
     ha_mechanism_forget(given);
     return outcome;
@@ -247,32 +254,29 @@ static enum outcome repeat_init(ha_call *call, unsigned op)
 static enum outcome repeat_part(ha_call *call, const struct entry *entry, const unsigned char *in)
 {
     ha_call part = part_of(call, entry->row);
-    const CK_ULONG room = (entry->out > entry->in ? entry->out : entry->in) + HA_CACHE_LINE;
     if (entry->row == FN_C_DigestKey) {
         part.object[part.objects++] = handle_in(in);
         enum outcome resolved = resolve(call, &part);
         if (resolved != DONE) return resolved;
     }
-    unsigned char *out = take_pages(room > JOURNAL_ROOM ? room : JOURNAL_ROOM);
+    CK_ULONG room = (entry->out > entry->in ? entry->out : entry->in) + HA_CACHE_LINE, out_size;
+    if (room < JOURNAL_ROOM) room = JOURNAL_ROOM;
+    unsigned char *out = take_pages(out_size = room);
     if (!out) return DIFFERENT;
-    CK_ULONG out_size = room;
     enum outcome outcome = LOOK_AGAIN;
     if (ha_enter(call->target, call->epoch, &part)) {
         CK_RV rv = ha_replay_part(&part, in, entry->in, out, &out_size);
         ha_leave(call->target, &part);
-        outcome = rv == CKR_OK ? DONE : rv == CKR_BUFFER_TOO_SMALL ? DIFFERENT : REFUSED;
-        if (outcome == REFUSED) call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
-        if (outcome == DONE && (out_size != entry->out || memcmp(out, in + entry->in, out_size) != 0))
-            outcome = DIFFERENT;
+        outcome = outcome_of(call, rv, out_size == entry->out && memcmp(out, in + entry->in, out_size) == 0);
     }
-    give_pages(out, room > JOURNAL_ROOM ? room : JOURNAL_ROOM, room);
+    give_pages(out, room, room);
     return outcome;
 }
 
-static enum outcome repeat_operation(ha_call *call, unsigned op)
+static enum outcome repeat_operation(ha_call *call, unsigned op, bool *begun)
 {
     const struct ha_operation *operation = &call->session->operation[op];
-    enum outcome outcome = repeat_init(call, op);
+    enum outcome outcome = repeat_init(call, op, begun);
     const unsigned char *in;
     struct entry entry;
     for (size_t at = 0; outcome == DONE && (in = next_entry(operation, &at, &entry));)
@@ -285,9 +289,10 @@ void ha_repeat_operations(ha_call *call)
 {
     ha_session *session = call->session;
     enum outcome outcome = DONE;
+    bool begun = false;
     for (uint32_t left = session->active; left && outcome == DONE; left &= left - 1)
-        outcome = repeat_operation(call, (unsigned)__builtin_ctz(left));
-    if (outcome != DONE) ha_session_drop(session, call->member); /* what came before may have worked there */
+        outcome = repeat_operation(call, (unsigned)__builtin_ctz(left), &begun);
+    if (outcome != DONE && begun) ha_session_drop(session, call->member); /* it stands in the middle of something */
     switch (outcome) {
     case DONE: {
         int before = session->member;
