@@ -37,7 +37,7 @@ test: setup build lint ## everything that must hold: lint and the test suite
 demo: build ## two HSMs, one killed and brought back under a signing program
 	@$(BIN)/python -m demo.run
 
-bench: setup build ## speed against the bare module and p11-kit-proxy; BENCH="--quick"
+bench: setup build ## speed against the bare module and p11-kit's proxy and server; BENCH="--quick"
 	@$(BIN)/python -m bench.bench $(BENCH)
 
 lint: setup build ## ruff, mypy --strict, clang-format; compiler warnings are errors in the build

@@ -139,7 +139,7 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
 
 
 # Of the library's sources, those that the worker is made of too.
-SHARED = ("wire.c", "library.c", "wire.gen.c", "parameters.gen.c")
+SHARED = ("wire.c", "line.c", "library.c", "wire.gen.c", "parameters.gen.c")
 
 
 def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from demo.members import SoftToken, library, softhsm, write_config
+from demo.members import Server, SoftToken, library, p11_kit_client, softhsm, write_config
 
 PATIENCE_S = 60.0
 UNDER_CALLGRIND_S = 300.0
@@ -56,12 +56,17 @@ def through_p11_kit(token: SoftToken) -> Target:
     return Target(library("p11-kit-proxy.so"), token.label, token.pin, env)
 
 
-def group(module: Path, tokens: Sequence[SoftToken], directory: Path) -> Target:
-    """Our module with one group, each member a SoftHSM copy of its own in the same process."""
+def through_server(server: Server) -> Target:
+    """p11-kit's client module in front of `p11-kit server`, which has SoftHSM in a process of its own."""
+    return Target(p11_kit_client(), server.token.label, server.token.pin, server.env)
+
+
+def group(module: Path, tokens: Sequence[SoftToken], directory: Path, host: str = "process") -> Target:
+    """Our module with one group, each member a SoftHSM copy of its own in the same process or in a worker."""
     directory.mkdir(mode=0o700)
     config = write_config(
         directory / "pkcs11-ha.toml",
-        members=[token.member() for token in tokens],
+        members=[token.member(host=host) for token in tokens],
         groups=[{"label": "bench", "members": [token.label for token in tokens], "replication": "none"}],
         ha={"only": True, "log": "stderr"},
     )

@@ -1,4 +1,4 @@
-"""The module against bare SoftHSM and p11-kit-proxy, in one run in which they take turns.
+"""The module against bare SoftHSM, p11-kit-proxy and p11-kit server, in one run in which they take turns.
 
 An operation is measured in short rounds, every arm once a round and in another order each time, so that whatever
 else the machine does falls on all of them alike. Figures are medians over the rounds; ratios and differences are
@@ -29,8 +29,9 @@ from bench.arms import (
     instructions_per_call,
     provision,
     through_p11_kit,
+    through_server,
 )
-from demo.members import MemberError, SoftToken, scratch
+from demo.members import MemberError, Server, SoftToken, scratch
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,8 +51,11 @@ PAIR_OPERATIONS = ["ecdsa_p256_sign", "rsa2048_sign", "hmac_sha256_64", "aes_cbc
 COUNTED_OPERATIONS = ["getsessioninfo", "sha256_32"]
 THREADS = [1, 2, 8]
 
+WORKER_OPERATIONS = ["random32", "hmac_sha256_64"]
+WORKER_THREADS = [1, 8]
 SPINNING_OPERATIONS = ["getsessioninfo", "sha256_32", "hmac_sha256_64"]
 BARE, PROXY, OURS, TWO_BARE, SPINNING = "bare", "proxy", "ours", "two bare", "spinning"
+SERVER, WORKER = "server", "worker"
 
 # What is to be reached. A call that takes LONG_CALL_US shows by its ratio that we add next to nothing; in a shorter
 # one what we add is held against what p11-kit-proxy adds.
@@ -59,6 +63,7 @@ LONG_CALL_US = 10.0
 LONG_CALL_RATIO = 0.97
 OPEN_CLOSE_ADDED_NS = 1000.0
 PAIR_TO_TWO_BARE = 0.9
+WORKER_TO_SERVER = {"random32": 3.0}  # where the way there and back is what costs
 PAIR_TO_BARE = {"ecdsa_p256_sign": 1.9, "hmac_sha256_64": 3.3, "aes_cbc_1k": 3.3, "aes_gcm_1k": 3.3}
 
 
@@ -170,6 +175,20 @@ def show_pair(cells: Iterator[Cell]) -> list[Cell]:
     return done
 
 
+def show_worker(cells: Iterator[Cell]) -> list[Cell]:
+    print("\nOne SoftHSM token in a process of its own: through `p11-kit server` and its client module,")
+    print("and as a group's member with a worker. Times are µs a call and thread; the ratio is of speed.\n")
+    print(f"{'':24}{'threads':>7}{'bare':>11}{'server':>11}{'worker':>11}{'worker/server':>15}")
+    done = []
+    for cell in cells:
+        print(f"{OPERATIONS[cell.operation]:24}{cell.threads:7}", end="")
+        print("".join(figure(cell.us(arm), "11.3f") for arm in (BARE, SERVER, WORKER)), end="")
+        print(figure(cell.ratio(WORKER, SERVER), "15.2f"), flush=True)
+        show_failures(cell)
+        done.append(cell)
+    return done
+
+
 def show_spinning(cells: Iterator[Cell]) -> list[Cell]:
     print("\nOne thread, while a Python thread spins in the core and holds the GIL. Times are µs a call.\n")
     print(f"{'':24}{'ours':>11}{'spinning':>11}{'ratio':>9}")
@@ -236,6 +255,13 @@ def goals_of_pair(cells: Sequence[Cell]) -> Iterator[Goal]:
         yield Goal(f"{name}, ours/two bare", cell.ratio(OURS, TWO_BARE), PAIR_TO_TWO_BARE, at_least=True)
         if wanted := PAIR_TO_BARE.get(cell.operation):
             yield Goal(f"{name}, ours/bare", cell.ratio(OURS, BARE), wanted, at_least=True)
+
+
+def goals_of_worker(cells: Sequence[Cell]) -> Iterator[Goal]:
+    for cell in cells:
+        if wanted := WORKER_TO_SERVER.get(cell.operation):
+            name = f"{OPERATIONS[cell.operation]}, {cell.threads} thread{'s' * (cell.threads > 1)}"
+            yield Goal(f"{name}, worker/server", cell.ratio(WORKER, SERVER), wanted, at_least=True)
 
 
 def goals_of_spinning(cells: Sequence[Cell]) -> Iterator[Goal]:
@@ -307,6 +333,14 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     with ExitStack() as stack:
         cells = [(operation, 2) for operation in PAIR_OPERATIONS]
         pair_cells = show_pair(take_turns(form(stack, options.program, pair), cells, seconds, rounds))
+    with ExitStack() as stack:
+        apart = {
+            BARE: [bare(east)],
+            SERVER: [through_server(stack.enter_context(Server(east)))],
+            WORKER: [group(options.module, [east], directory / "worker", host="worker")],
+        }
+        cells = [(operation, threads) for operation in WORKER_OPERATIONS for threads in WORKER_THREADS]
+        worker_cells = show_worker(take_turns(form(stack, options.program, apart), cells, seconds, rounds))
     quiet = group(options.module, [east], directory / "quiet")
     spinning = {OURS: [quiet], SPINNING: [replace(quiet, options=("--spin-python",))]}
     with ExitStack() as stack:
@@ -319,6 +353,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     goals = [
         *goals_of_one(one_cells),
         *goals_of_pair(pair_cells),
+        *goals_of_worker(worker_cells),
         *goals_of_spinning(spinning_cells),
         *goals_of_instructions(counts),
     ]
@@ -331,6 +366,7 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, object]:
         "seconds": seconds,
         "group_of_one": [vars(cell) for cell in one_cells],
         "group_of_two": [vars(cell) for cell in pair_cells],
+        "worker": [vars(cell) for cell in worker_cells],
         "spinning": [vars(cell) for cell in spinning_cells],
         "instructions": counts,
         "goals": [vars(goal) | {"met": goal.met} for goal in goals],

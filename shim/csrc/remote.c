@@ -1,8 +1,8 @@
 /*
- * Remote members: the stubs' end of the sockets to workers, which have the vendor libraries.
+ * Remote members: the stubs' end of the channels to workers, which have the vendor libraries.
  *
  * A remote has one control socket, whose closing ends the worker, and a pool of channels: one call in flight each,
- * a thread of the worker behind each.  Whatever goes wrong on a channel (its end, a late answer, an answer that
+ * with a line to a thread of the worker.  Whatever goes wrong on a channel (its end, a late answer, an answer that
  * is not well formed) kills the whole remote: every call on it answers CKR_DEVICE_ERROR until it is started or
  * connected anew.  What the worker says is measured before it is used.
  */
@@ -28,7 +28,7 @@ enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HELLO_LIMIT = 1 << 14, FAREWELL_MS =
 #define INSIDE_A_WORKER "PKCS11_HA_INSIDE_A_WORKER" /* a worker starts no workers: it may be loading us */
 
 struct ha_channel {
-    int fd;
+    struct ha_line line;
     uint32_t turn;
     uint32_t life;       /* of its remote */
     uint32_t timeout_ms; /* of the call, 0: none */
@@ -76,7 +76,7 @@ static void close_fd(int *fd)
 static void channel_free(struct ha_channel *channel)
 {
     ha_message_free(&channel->message);
-    close_fd(&channel->fd);
+    ha_line_close(&channel->line);
     free(channel);
 }
 
@@ -87,7 +87,8 @@ static void after_fork_in_child(void)
         while (remote->channels) {
             struct ha_channel *channel = remote->channels;
             remote->channels = channel->next;
-            channel_free(channel); /* closed, not shut down: the parent goes on with its own descriptor */
+            ha_line_forget(&channel->line); /* closed, not shut down: the parent goes on with its own descriptors */
+            channel_free(channel);
         }
         if (remote->used) {
             close_fd(&remote->control);
@@ -166,7 +167,7 @@ static void kill_locked(struct remote *remote)
     for (struct ha_channel *channel = remote->channels, *next; channel; channel = next) {
         next = channel->next;
         if (channel->in_use) {
-            shutdown(channel->fd, SHUT_RDWR);
+            shutdown(channel->line.socket, SHUT_RDWR);
         } else {
             unlink_channel(remote, channel);
             channel_free(channel);
@@ -192,14 +193,13 @@ int ha_remote_alive(int number)
 
 /* ---- channels ---- */
 
-/* A socket whose other end the worker has been handed; -1: it is gone or does not listen. */
-static int new_channel_fd(int control)
+/* Hands the other end of a line to the worker; false: it is gone or does not listen. */
+static bool hand_over(int control, const int handed[HA_LINE_FDS])
 {
-    int ends[2];
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return -1;
+    const size_t size = HA_LINE_FDS * sizeof(int);
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(sizeof(int))];
+        char space[CMSG_SPACE(HA_LINE_FDS * sizeof(int))];
     } ancillary = {0};
     struct iovec iov = {"c", 1};
     struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &ancillary};
@@ -207,15 +207,33 @@ static int new_channel_fd(int control)
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(header), &ends[1], sizeof(int));
+    header->cmsg_len = CMSG_LEN(size);
+    memcpy(CMSG_DATA(header), handed, size);
     ssize_t sent;
     while ((sent = sendmsg(control, &message, MSG_NOSIGNAL | MSG_DONTWAIT)) < 0 && errno == EINTR) {
     }
-    close(ends[1]);
-    if (sent == 1) return ends[0];
-    close(ends[0]);
-    return -1;
+    return sent == 1;
+}
+
+/* With the remote's lock held; NULL: no memory or descriptors, or the remote is dead. */
+static struct ha_channel *new_channel(struct remote *remote)
+{
+    int handed[HA_LINE_FDS];
+    struct ha_channel *channel = calloc(1, sizeof *channel);
+    if (!channel || !ha_line_make(&channel->line, handed)) {
+        free(channel);
+        return NULL;
+    }
+    bool reached = hand_over(remote->control, handed);
+    for (unsigned k = 0; k < HA_LINE_FDS; k++) close(handed[k]);
+    if (!reached) {
+        channel_free(channel);
+        kill_locked(remote);
+        return NULL;
+    }
+    channel->life = remote->life;
+    channel->next = remote->channels;
+    return remote->channels = channel;
 }
 
 /* A channel for one call; NULL: the remote is dead. */
@@ -225,20 +243,10 @@ static struct ha_channel *channel_take(struct remote *remote, unsigned deadline)
     pthread_mutex_lock(&remote->lock);
     if (remote->alive) {
         for (channel = remote->channels; channel && channel->in_use;) channel = channel->next;
-        if (channel) {
+        if (channel)
             remote->idle--;
-        } else if ((channel = calloc(1, sizeof *channel))) {
-            channel->life = remote->life;
-            channel->fd = new_channel_fd(remote->control);
-            if (channel->fd < 0) {
-                free(channel);
-                channel = NULL;
-                if (errno != EMFILE && errno != ENFILE) kill_locked(remote);
-            } else {
-                channel->next = remote->channels;
-                remote->channels = channel;
-            }
-        }
+        else
+            channel = new_channel(remote);
         if (channel) {
             channel->in_use = true;
             channel->timeout_ms = remote->limits_ms[deadline];
@@ -697,9 +705,7 @@ bool ha_answered(struct ha_exchange *x)
     if (!x->refused && (message->no_memory || message->end > HA_WIRE_MAX)) refuse(x, CKR_HOST_MEMORY);
     if (x->refused) return false;
     if (timeout_ms) deadline = ha_monotonic_ns() + timeout_ms * UINT64_C(1000000);
-    enum ha_wire_result result = ha_send(x->channel->fd, message, deadline);
-    if (result == HA_WIRE_DONE) result = ha_receive(x->channel->fd, message, x->expected, deadline);
-    if (result == HA_WIRE_DONE) {
+    if (ha_line_ask(&x->channel->line, message, x->expected, deadline) == HA_WIRE_DONE) {
         struct ha_frame frame = ha_frame_of(message);
         message->broken = frame.row != x->row || frame.turn != x->channel->turn;
         x->rv = ha_get(message);

@@ -82,6 +82,25 @@ struct ha_frame ha_frame_of(const struct ha_message *message)
     return frame;
 }
 
+void ha_message_measure(struct ha_message *message)
+{
+    struct ha_frame frame = ha_frame_of(message);
+    frame.size = message->end - sizeof frame;
+    memcpy(message->bytes, &frame, sizeof frame);
+}
+
+bool ha_message_copy(struct ha_message *message, const void *bytes, size_t size)
+{
+    message->broken = message->no_memory = false;
+    if (message->bytes) explicit_bzero(message->bytes, message->end);
+    message->end = 0;
+    message->at = sizeof(struct ha_frame);
+    if (size < message->at || size % WORD != 0 || !reserve(message, size)) return false;
+    memcpy(message->bytes, bytes, size);
+    message->end = size;
+    return ha_frame_of(message).size == size - message->at;
+}
+
 /* ---- words and bytes ---- */
 
 void ha_put(struct ha_message *message, CK_ULONG word)
@@ -155,25 +174,27 @@ uint64_t ha_monotonic_ns(void)
     return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
+int ha_left_ms(uint64_t deadline)
+{
+    if (!deadline) return -1;
+    uint64_t now = ha_monotonic_ns(), left_ms = now < deadline ? (deadline - now) / 1000000U + 1 : 0;
+    return left_ms < 1000000 ? (int)left_ms : 1000000;
+}
+
 /* Waits until the socket is ready; with no deadline it is the socket's own call that waits. */
 static bool wait_for(int fd, short event, uint64_t deadline)
 {
     struct pollfd wanted = {.fd = fd, .events = event};
-    while (deadline) {
-        uint64_t now = ha_monotonic_ns();
-        if (now >= deadline) return false;
-        uint64_t left_ms = (deadline - now) / 1000000U + 1;
-        int ready = poll(&wanted, 1, left_ms < 1000000 ? (int)left_ms : 1000000);
+    for (int left_ms; deadline && (left_ms = ha_left_ms(deadline)) != 0;) {
+        int ready = poll(&wanted, 1, left_ms);
         if (ready > 0 || (ready < 0 && errno != EINTR)) return true;
     }
-    return true;
+    return !deadline;
 }
 
 enum ha_wire_result ha_send(int fd, struct ha_message *message, uint64_t deadline)
 {
-    struct ha_frame frame = ha_frame_of(message);
-    frame.size = message->end - sizeof frame;
-    memcpy(message->bytes, &frame, sizeof frame);
+    ha_message_measure(message);
     const int flags = MSG_NOSIGNAL | (deadline ? MSG_DONTWAIT : 0);
     for (size_t sent = 0; sent < message->end;) {
         ssize_t n = send(fd, message->bytes + sent, message->end - sent, flags);

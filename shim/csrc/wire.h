@@ -1,5 +1,5 @@
 /*
- * Messages between a member's stubs and the worker that has its vendor library: frames, words, bytes.
+ * Messages between a member's stubs and the worker that has its vendor library: frames, words, bytes, lines.
  *
  * Both ends run on one machine and are built from one table, so numbers and structures travel as they are in
  * memory.  A frame says how long its message is; all else in it is a word of 8 bytes or bytes padded to words.
@@ -64,8 +64,13 @@ CK_ULONG ha_get(struct ha_message *message);
 void *ha_get_bytes(struct ha_message *message, CK_ULONG *size);
 bool ha_message_is_read(const struct ha_message *message); /* whole, and well formed */
 
+void ha_message_measure(struct ha_message *message); /* tells its frame */
+/* A copy of `size` bytes, measured, with a frame that says so; false: it is not that, or there is no memory. */
+bool ha_message_copy(struct ha_message *message, const void *bytes, size_t size);
+
 /* `deadline` in monotonic ns, 0: none. */
 uint64_t ha_monotonic_ns(void);
+int ha_left_ms(uint64_t deadline); /* for poll() */
 enum ha_wire_result ha_send(int fd, struct ha_message *message, uint64_t deadline);
 enum ha_wire_result ha_receive(int fd, struct ha_message *message, size_t limit, uint64_t deadline);
 struct ha_frame ha_frame_of(const struct ha_message *message);
@@ -74,6 +79,25 @@ void *ha_secret_pages(size_t size); /* zeroed; not in core dumps nor in children
 bool ha_attributes_are_answered(CK_RV rv);
 bool ha_attribute_has_parts(CK_ATTRIBUTE_TYPE type);  /* its value is a template; generated from the header's names */
 bool ha_attribute_is_carried(CK_ATTRIBUTE_TYPE type); /* its value holds no pointers that we know nothing of */
+
+/* ---- line.c: the two ends of a channel ---- */
+enum { HA_LINE_FDS = 2 }; /* that are handed over: socket, memory */
+
+struct ha_line {
+    struct ha_boxes *boxes; /* shared with the other end */
+    int socket;
+    unsigned in_vain, skip; /* looks for a message before sleeping: that did not pay, to be left out */
+};
+
+bool ha_line_make(struct ha_line *line, int handed[HA_LINE_FDS]);
+bool ha_line_take(struct ha_line *line, const int handed[HA_LINE_FDS]); /* owns them, whatever it answers */
+void ha_line_close(struct ha_line *line);
+void ha_line_forget(struct ha_line *line); /* in a child of a fork, which has the socket alone */
+/* The asking end: `message` becomes its answer, of at most `limit` bytes. */
+enum ha_wire_result ha_line_ask(struct ha_line *line, struct ha_message *message, size_t limit, uint64_t deadline);
+/* The serving end. */
+enum ha_wire_result ha_line_hear(struct ha_line *line, struct ha_message *request);
+enum ha_wire_result ha_line_answer(struct ha_line *line, struct ha_message *answer);
 
 /* The messages' version: both ends must have the same. */
 extern const char ha_wire_version[];

@@ -5,7 +5,7 @@
  *                                                                 started by a member: its socket is descriptor 3
  *   pkcs11-ha-worker --listen PATH MODULE [--init-args TEXT]      for others: a process per client, at a Unix socket
  *
- * A client's control socket brings further sockets, its channels: each has a thread, and one call at a time.  When
+ * A client's control socket brings lines, its channels: each has a thread, and one call at a time.  When
  * the control socket ends, or the client's process does, the worker is gone at once, whatever the library is doing.
  */
 #include <errno.h>
@@ -26,8 +26,6 @@
 #include <unistd.h>
 
 #include "serve.h"
-
-enum { CHANNELS_AT_ONCE = 8 };
 
 static void *functions[HA_FUNCTIONS];
 static char *listening_at;
@@ -53,24 +51,25 @@ static _Noreturn void fail(const char *what, const char *why)
 /* ---- calls ---- */
 
 /* A request for a row that there is, well formed; else the channel ends, and with it the client's trust in us. */
-static bool serve_one(struct serve *s, int fd)
+static bool serve_one(struct serve *s, struct ha_line *line)
 {
-    if (ha_receive(fd, &s->request, HA_WIRE_MAX, 0) != HA_WIRE_DONE) return false;
+    if (ha_line_hear(line, &s->request) != HA_WIRE_DONE) return false;
     struct ha_frame frame = ha_frame_of(&s->request);
     if (frame.row >= HA_FUNCTIONS || !serve_rows[frame.row] || !functions[frame.row]) return false;
     if (!serve_rows[frame.row](s, functions[frame.row]) || s->answer.no_memory) return false;
-    return ha_send(fd, &s->answer, 0) == HA_WIRE_DONE;
+    return ha_line_answer(line, &s->answer) == HA_WIRE_DONE;
 }
 
 static void *serve_channel(void *argument)
 {
     struct serve s;
-    int fd = (int)(intptr_t)argument;
+    struct ha_line line = *(struct ha_line *)argument;
+    free(argument);
     if (serve_begin(&s)) {
-        while (serve_one(&s, fd)) serve_end(&s);
+        while (serve_one(&s, &line)) serve_end(&s);
         serve_free(&s);
     }
-    close(fd);
+    ha_line_close(&line);
     return NULL;
 }
 
@@ -148,33 +147,42 @@ static bool greet(int control, const char *error, unsigned major, unsigned minor
     return sent && !error;
 }
 
-/* The descriptors that came with a byte of the control socket; false: it has ended. */
-static bool take_channels(int control)
+/* A thread for what is a line; its end tells the client if there is none. */
+static void begin_channel(const int handed[HA_LINE_FDS])
 {
-    char bytes[CHANNELS_AT_ONCE];
+    pthread_t thread;
+    struct ha_line taken, *line;
+    if (!ha_line_take(&taken, handed)) return;
+    if ((line = malloc(sizeof *line))) *line = taken;
+    if (line && pthread_create(&thread, NULL, serve_channel, line) == 0) {
+        pthread_detach(thread);
+    } else {
+        ha_line_close(&taken);
+        free(line);
+    }
+}
+
+/* The descriptors that came with a byte of the control socket: those of one line; false: it has ended. */
+static bool take_channel(int control)
+{
+    char byte;
+    int handed[HA_LINE_FDS];
     union {
         struct cmsghdr header;
-        char space[CMSG_SPACE(CHANNELS_AT_ONCE * sizeof(int))];
+        char space[CMSG_SPACE(HA_LINE_FDS * sizeof(int))];
     } ancillary;
-    struct iovec iov = {bytes, sizeof bytes};
+    struct iovec iov = {&byte, 1};
     struct msghdr message = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &ancillary};
     message.msg_controllen = sizeof ancillary.space;
     ssize_t n = recvmsg(control, &message, MSG_CMSG_CLOEXEC);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) return true;
     if (n <= 0) return false;
-    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
-        if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-        size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        for (size_t k = 0; k < count; k++) {
-            int fd;
-            pthread_t thread;
-            memcpy(&fd, CMSG_DATA(header) + k * sizeof fd, sizeof fd);
-            if (pthread_create(&thread, NULL, serve_channel, (void *)(intptr_t)fd) == 0)
-                pthread_detach(thread);
-            else
-                close(fd);
-        }
-    }
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    if (!header || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) return true;
+    size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    memcpy(handed, CMSG_DATA(header), count * sizeof(int));
+    if (count == HA_LINE_FDS) begin_channel(handed);
+    for (size_t k = 0; count < HA_LINE_FDS && k < count; k++) close(handed[k]);
     return true;
 }
 
@@ -193,7 +201,7 @@ static _Noreturn void serve_client(int control, int client, char *module)
     for (;;) {
         if (poll(ends, 2, -1) < 0 && errno != EINTR) break;
         if (ends[1].revents) break;
-        if (ends[0].revents && !take_channels(control)) break;
+        if (ends[0].revents && !take_channel(control)) break;
     }
     _exit(0); /* not exit(): a library that hangs would hold us */
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from tests.ha.keys import DIGEST, Keys, private
 from tests.ha.operations import Use
 from tests.worker.conftest import Hosted, WorkerFactory
 from tests.worker.processes import processes, started_by, state
+from tests.worker.remote import Remote
 
 Tokens = tuple[SoftToken, SoftToken]
 LIBC = str(library("libc.so.6"))
@@ -156,6 +158,28 @@ def test_call_that_is_stuck_does_not_keep_its_member_away(
     working_until(lambda: other.random(1), lambda: use.app.events("member.recovered", "east"), "it is back")
     stuck.join()
     operations.sign_ecdsa(use)
+
+
+def test_call_hears_at_once_that_its_worker_is_killed(tokens: Tokens, remote: Remote) -> None:
+    """However deep it sleeps, and without any limit to a call."""
+    remote.start(tokens[0])
+    worker = worker_of(tokens[0])
+    info = native.ffi.new("CK_INFO *")
+    assert remote.call("C_GetInfo", info) == "CKR_CRYPTOKI_NOT_INITIALIZED"
+    os.kill(worker, signal.SIGSTOP)
+    said: list[str] = []
+    stuck = threading.Thread(target=lambda: said.append(remote.call("C_GetInfo", info)))
+    stuck.start()
+    until(lambda: waits_at_a_socket(stuck), "it sleeps")
+    os.kill(worker, signal.SIGKILL)
+    stuck.join(timeout=10)
+    assert said == ["CKR_DEVICE_ERROR"]
+
+
+def waits_at_a_socket(thread: threading.Thread) -> bool:
+    """It is in poll(), or ppoll() where that is the same."""
+    call = Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()[0]
+    return call == {"x86_64": "7", "aarch64": "73"}[platform.machine()]
 
 
 def test_crash_of_a_library_is_the_death_of_a_member(tokens: Tokens, start: StartFactory, keys: Keys) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +25,10 @@ from pkcs11_ha.spec.functions import FUNCTIONS, INDEX, Deadline, deadline_class
 from pkcs11_ha.spec.wire import Item
 from tests.ha.app import until
 from tests.spec import golden
+from tests.worker import line as lines
+from tests.worker.line import Line
 from tests.worker.processes import processes
-from tests.worker.remote import Arguments, Refused, Remote
+from tests.worker.remote import ROOM, Arguments, Refused, Remote
 
 FRAME = struct.Struct("=IIQ")
 ANSWERING = (Item.ROOM, Item.FILL, Item.RESULT, Item.LIST, Item.FOUND, Item.MECHANISM, Item.ANSWERS)
@@ -83,6 +88,8 @@ class Peer:
     def __init__(self, path: Path, hello: bytes) -> None:
         self.path, self.hello = path, hello
         self.answer: Answer = lambda _request: b""
+        self.over_socket = False  # also what a box has room for
+        self.act: Callable[[Line, bytes], bool] = self._answer
         self.requests: list[bytes] = []
         self.hangs_up = False
         self.listener = socket.socket(socket.AF_UNIX)
@@ -104,22 +111,20 @@ class Peer:
                 data, fds, _, _ = socket.recv_fds(control, 1, 8)
                 if not data:
                     return
-                for fd in fds:
-                    threading.Thread(target=self._talk, args=(socket.socket(fileno=fd),), daemon=True).start()
+                threading.Thread(target=self._talk, args=(Line.of(fds),), daemon=True).start()
 
-    def _talk(self, channel: socket.socket) -> None:
-        with closing(channel), suppress(OSError):
-            while head := channel.recv(FRAME.size, socket.MSG_WAITALL):
-                size = FRAME.unpack(head)[2]
-                request = head + (channel.recv(size, socket.MSG_WAITALL) if size else b"")
+    def _talk(self, line: Line) -> None:
+        with closing(line.socket), suppress(OSError):
+            while request := line.receive(line.request, FRAME.size):
                 self.requests.append(request)
-                answer = self.answer(request)
-                channel.sendall(answer)
-                if (
-                    len(answer) < FRAME.size
-                    or len(answer) - FRAME.size < FRAME.unpack(answer[: FRAME.size])[2]
-                ):
+                if not self.act(line, request):
                     return
+
+    def _answer(self, line: Line, request: bytes) -> bool:
+        """False: it ends the channel, as who waits for more should not wait for ever."""
+        answer = self.answer(request)
+        whole = len(answer) >= FRAME.size and len(answer) >= FRAME.size + FRAME.unpack_from(answer)[2]
+        return line.send(line.answer, answer, self.over_socket) and (whole or not self.over_socket)
 
 
 def hello_of(path: Path) -> bytes:
@@ -153,10 +158,11 @@ def answers_something(name: str) -> bool:
     return any(carried.item in ANSWERING for carried in wire.items(row, golden.prototypes()[name]))
 
 
+@pytest.mark.parametrize("over_socket", [False, True], ids=["box", "socket"])
 @pytest.mark.parametrize("lie", [*LIES, *SHORT])
-def test_lies_are_found_out(peer: Peer, remote: Remote, lie: str) -> None:
+def test_lies_are_found_out(peer: Peer, remote: Remote, lie: str, over_socket: bool) -> None:
     """For every function there is; and nothing is written that the caller has no room for."""
-    peer.answer = (LIES | SHORT)[lie]
+    peer.answer, peer.over_socket = (LIES | SHORT)[lie], over_socket
     for name in NAMES:
         remote.connect(peer.path)
         arguments = Arguments(name)
@@ -263,6 +269,138 @@ def test_worker_that_hangs_up_raises_no_signal(peer: Peer, remote: Remote) -> No
     assert heard == []
 
 
+# ---- the memory that both ends write
+
+
+def right(request: bytes) -> bytes:
+    """What a worker answers to C_GenerateRandom of ROOM bytes."""
+    return frame(request, words(0, 1, ROOM) + bytes(ROOM))
+
+
+def random_bytes(remote: Remote) -> tuple[str, Arguments]:
+    arguments = Arguments("C_GenerateRandom")
+    said = remote.call("C_GenerateRandom", *arguments.given)
+    arguments.check_guards()
+    return said, arguments
+
+
+def writes_state(state: int) -> Callable[[Line, bytes], bool]:
+    def act(line: Line, request: bytes) -> bool:
+        line.sleeps(line.answer)
+        line.answer.write(right(request))
+        line.answer.size = len(right(request))
+        line.post(line.answer, state)
+        return True
+
+    return act
+
+
+def writes_size(size: int) -> Callable[[Line, bytes], bool]:
+    return lambda line, request: line.send(line.answer, right(request), size=size)
+
+
+def wakes_for_nothing(line: Line, _request: bytes) -> bool:
+    line.socket.sendall(b"\0")
+    return True
+
+
+def speaks_unasked(line: Line, request: bytes) -> bool:
+    line.socket.sendall(bytes(4096))
+    return line.send(line.answer, right(request), over_socket=True)
+
+
+def hangs_up(_line: Line, _request: bytes) -> bool:
+    return False
+
+
+def closes_the_request(line: Line, request: bytes) -> bool:
+    line.request.state = lines.CLOSED
+    return line.send(line.answer, right(request))
+
+
+def fills_the_request(line: Line, request: bytes) -> bool:
+    line.request.state = lines.POSTED
+    return line.send(line.answer, right(request))
+
+
+SIZES = (0, 1, 15, 17, 24, lines.BOX - lines.HEAD + 1, lines.BOX, 2**31, lines.ELSEWHERE - 1)
+STATES = (lines.EMPTY, lines.DOZING, lines.SLEEPING, lines.CLOSED, 5, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *[pytest.param(writes_size(size), id=f"size {size}") for size in SIZES],
+        *[pytest.param(writes_state(state), id=f"state {state}") for state in STATES],
+        wakes_for_nothing,
+        speaks_unasked,
+        hangs_up,
+    ],
+)
+def test_memory_that_cannot_be_so(peer: Peer, remote: Remote, act: Callable[[Line, bytes], bool]) -> None:
+    peer.act = act
+    remote.connect(peer.path)
+    assert (random_bytes(remote)[0], remote.alive) == ("CKR_DEVICE_ERROR", False)
+
+
+@pytest.mark.parametrize("act", [closes_the_request, fills_the_request])
+def test_request_box_that_is_not_free(peer: Peer, remote: Remote, act: Callable[[Line, bytes], bool]) -> None:
+    """The answer before was right."""
+    peer.act = act
+    remote.connect(peer.path)
+    assert random_bytes(remote)[0] == "CKR_OK"
+    assert (random_bytes(remote)[0], remote.alive) == ("CKR_DEVICE_ERROR", False)
+
+
+class Scribbler:
+    """A thread that writes into a box, as fast as it can, while another process or thread reads it."""
+
+    def __init__(self, box: lines.Box, sizes: Sequence[int], messages: Sequence[bytes]) -> None:
+        self._box, self._sizes, self._messages = box, sizes, messages
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._scribble, daemon=True)
+
+    def _scribble(self) -> None:
+        dice = random.Random(3)
+        while not self._stop.is_set():
+            self._box.size = dice.choice(self._sizes)
+            self._box.write(dice.choice(self._messages))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def lengths_of(message: bytes, body: bytes) -> list[bytes]:
+    """A message with other sizes in its frame, and other words behind it."""
+    head = message[:8]
+    sizes = (len(body), 0, 8, 1 << 14, 1 << 40, 2**64 - 8)
+    return [head + struct.pack("=Q", size) + words(0, 1, length) + body for size in sizes for length in sizes]
+
+
+def test_lengths_that_change_while_they_are_read(peer: Peer, remote: Remote) -> None:
+    """Whatever of it was seen: it is well formed or refused, and nothing is written beyond the buffer."""
+
+    def act(line: Line, request: bytes) -> bool:
+        message = right(request)
+        with Scribbler(line.answer, (len(message), 16, 1 << 13), lengths_of(message, bytes(ROOM))):
+            line.send(line.answer, message)
+            return bool(line.receive(line.request, FRAME.size)) and False
+
+    peer.act = act
+    said = set()
+    for _ in range(60):
+        remote.connect(peer.path)
+        said.add(random_bytes(remote)[0])
+        native.lib.ha_remote_kill(remote.number)
+    assert said <= {"CKR_OK", "CKR_DEVICE_ERROR"}
+    assert "CKR_DEVICE_ERROR" in said
+
+
 # ---- clients
 
 
@@ -276,19 +414,36 @@ class Client:
         head = self.control.recv(FRAME.size, socket.MSG_WAITALL)
         self.control.recv(FRAME.unpack(head)[2], socket.MSG_WAITALL)
 
-    def say(self, request: bytes) -> bytes:
-        """The answer; empty if the worker hangs up."""
+    def line(self, memory: int | None = None) -> Line:
+        """A channel with memory as it is made, or with something else in its place."""
         channel, theirs = socket.socketpair()
-        with channel, suppress(OSError):
+        fd = lines.memory() if memory is None else memory
+        with theirs:
+            socket.send_fds(self.control, [b"c"], [theirs.fileno(), fd])
+        try:
+            return Line(channel, fd)
+        finally:
+            os.close(fd)
+
+    def hangs_up_on(self, memory: list[int]) -> bool:
+        """Whether the worker ends a channel at once that comes with such memory."""
+        channel, theirs = socket.socketpair()
+        with channel:
             with theirs:
-                socket.send_fds(self.control, [b"c"], [theirs.fileno()])
+                socket.send_fds(self.control, [b"c"], [theirs.fileno(), *memory])
+            for fd in memory:
+                os.close(fd)
             channel.settimeout(20)
-            channel.sendall(request)
-            channel.shutdown(socket.SHUT_WR)
-            answer = b""
-            while piece := channel.recv(1 << 16):
-                answer += piece
-            return answer
+            return channel.recv(1) == b""
+
+    def say(self, request: bytes, over_socket: bool = False, size: int | None = None) -> bytes:
+        """The answer; empty if the worker hangs up. `size` is what is said of it, if not its own."""
+        line = self.line()
+        with line.socket, suppress(OSError):
+            line.send(line.request, request, over_socket, size)
+            if over_socket:
+                line.socket.shutdown(socket.SHUT_WR)
+            return line.receive(line.answer, FRAME.size) or b""
         return b""
 
     def is_alive(self) -> bool:
@@ -322,7 +477,8 @@ def test_worker_is_none_the_worse_for_a_hostile_client(peer: Peer, remote: Remot
         pester(client, said)
         for row in (2**32 - 1, *range(len(FUNCTIONS), len(FUNCTIONS) + 8)):
             assert client.say(FRAME.pack(row, 1, 8) + words(1)) == b""
-        assert client.say(FRAME.pack(2, 1, 1 << 50)) == b""
+        for over_socket in (False, True):
+            assert client.say(FRAME.pack(2, 1, 1 << 50), over_socket) == b""
         assert client.is_alive()
 
 
@@ -334,7 +490,7 @@ def pester(client: Client, said: dict[str, bytes]) -> None:
             continue
         head, body = request[: FRAME.size], bytearray(request[FRAME.size :])
         client.say(request)
-        for _ in range(12):
+        for attempt in range(12):
             changed = bytearray(body)
             for _ in range(dice.randrange(1, 4)):
                 if changed:
@@ -344,8 +500,83 @@ def pester(client: Client, said: dict[str, bytes]) -> None:
             if dice.random() < 0.2:
                 changed = changed[: dice.randrange(len(changed) + 1)]
             row, turn, _ = FRAME.unpack(head)
-            client.say(FRAME.pack(row, turn, len(changed)) + bytes(changed))
+            client.say(FRAME.pack(row, turn, len(changed)) + bytes(changed), over_socket=attempt % 3 == 0)
         assert client.is_alive(), name
+
+
+def write_sealed() -> int:
+    return lines.memory(seals=lines.SEALS | fcntl.F_SEAL_WRITE)
+
+
+def plain_file() -> int:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * lines.BOX)
+        return os.dup(file.fileno())
+
+
+NO_MEMORY: dict[str, Callable[[], int]] = {
+    "not sealed": lambda: lines.memory(seals=0),
+    "sealed against growing": lambda: lines.memory(seals=fcntl.F_SEAL_GROW),
+    "small": lambda: lines.memory(size=lines.BOX),
+    "empty": lambda: lines.memory(size=0),
+    "large": lambda: lines.memory(size=3 * lines.BOX),
+    "cannot be written": write_sealed,
+    "a file": plain_file,
+    "a socket": lambda: socket.socket(socket.AF_UNIX).detach(),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_memory_that_can_be_pulled_away_is_refused(worker: Worker, kind: str) -> None:
+    """A worker that reads behind the end of it gets SIGBUS."""
+    with Client(worker.socket) as client:
+        assert client.hangs_up_on([NO_MEMORY[kind]()])
+        assert client.is_alive()
+
+
+def test_channel_of_too_few_or_too_many_descriptors(worker: Worker) -> None:
+    with Client(worker.socket) as client:
+        assert client.hangs_up_on([])
+        assert client.hangs_up_on([lines.memory(size=0), lines.memory()])
+        client.control.sendall(b"ccc")
+        assert client.is_alive()
+
+
+@pytest.mark.parametrize("state", [state for state in STATES if state != lines.DOZING])
+def test_worker_ends_a_channel_whose_state_cannot_be(worker: Worker, state: int) -> None:
+    with Client(worker.socket) as client:
+        line = client.line()
+        with line.socket:
+            until(lambda: line.request.state == lines.DOZING, "the worker waits")
+            line.post(line.request, state)
+            assert line.socket.recv(1) == b""
+        assert client.is_alive()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_worker_ends_a_channel_whose_size_cannot_be(worker: Worker, size: int) -> None:
+    request = FRAME.pack(2, 1, 8) + words(1)
+    if size == len(request):
+        return
+    with Client(worker.socket) as client:
+        assert client.say(request, size=size) == b""
+        assert client.is_alive()
+
+
+def test_worker_reads_lengths_that_change(worker: Worker) -> None:
+    seed = FRAME.pack(INDEX["C_SeedRandom"], 1, 32 + 24) + words(1, 1, 32) + bytes(32)
+    wild = [
+        seed[:8] + struct.pack("=Q", n) + words(1, 1, m) + bytes(32)
+        for n in (56, 1 << 40)
+        for m in (32, 1 << 40)
+    ]
+    with Client(worker.socket) as client:
+        for _ in range(40):
+            line = client.line()
+            with line.socket, Scribbler(line.request, (len(seed), 16, 1 << 13), wild), suppress(OSError):
+                line.send(line.request, seed)
+                line.receive(line.answer, FRAME.size)
+        assert client.is_alive()
 
 
 TEXT = 0x3  # CKA_LABEL

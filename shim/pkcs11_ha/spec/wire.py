@@ -18,7 +18,7 @@ from .mechanisms import MECHANISMS, PARAMETERS
 from .signature import Argument
 
 REMOTES = 32
-_FORMAT = 1  # of what wire.c, remote.c and serve.c do by hand
+_FORMAT = 2  # of what wire.c, line.c, remote.c and serve.c do by hand
 
 
 class Item(enum.Enum):
