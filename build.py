@@ -1,4 +1,5 @@
-"""The only build recipe: tables -> C and cffi text -> build/libpkcs11-ha.so, with ck.py and docs beside it.
+"""The only build recipe: tables -> C and cffi text -> build/libpkcs11-ha.so, with ck.py and docs beside it; the worker;
+and the fault module of the tests (docs/fault-injection.md).
 
 Run by `make build` with the interpreter that is to be embedded.  Files are written only when they change, and
 objects are compiled only when what they are made of changed, so a second run does nothing.
@@ -24,10 +25,11 @@ ROOT = Path(__file__).resolve().parent
 SHIM = ROOT / "shim"
 CSRC = SHIM / "csrc"
 WORKER = SHIM / "worker"
+FAULT = ROOT / "tests" / "fault"
 sys.path.insert(0, str(SHIM))
 
 from pkcs11_ha import __version__  # noqa: E402
-from pkcs11_ha.spec import emit, signature, wire  # noqa: E402
+from pkcs11_ha.spec import emit, fault, signature, wire  # noqa: E402
 
 MODULE = "_pkcs11_ha"  # the cffi module inside the library
 # Whatever the core raises here is one line: cffi would print a traceback into the host's stderr.
@@ -92,6 +94,8 @@ def emit_all(out: Path, paths: Sequence[str], worker: Path) -> None:
     write(out / "wire.gen.c", wire.common(prototypes, constants))
     write(out / "remote.gen.c", wire.stubs(prototypes))
     write(out / "serve.gen.c", wire.served(prototypes))
+    write(out / "fault.gen.c", fault.wrappers(prototypes, constants))
+    write(out / "fault.map", fault.exports())
     names = ", ".join(f'"{name}"' for name in emit.upcall_names(prototypes))
     write(
         SHIM / "pkcs11_ha" / "ck.py",
@@ -142,9 +146,9 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
 SHARED = ("wire.c", "line.c", "library.c", "wire.gen.c", "parameters.gen.c")
 
 
-def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path]]:
-    """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge): library, worker."""
-    include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{WORKER}", f"-I{out}"]
+def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path], list[Path]]:
+    """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge): library, worker, faults."""
+    include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{WORKER}", f"-I{FAULT}", f"-I{out}"]
     include.append(f"-I{sysconfig.get_path('include')}")
     optimise = (
         ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
@@ -152,7 +156,14 @@ def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path]]:
     generated = [out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "module")]
     library = [*sorted(CSRC.glob("*.c")), *generated]
     worker = [*sorted(WORKER.glob("*.c")), out / "serve.gen.c"]
-    headers = [*CSRC.glob("*.h"), *WORKER.glob("*.h"), *out.glob("*.gen.h"), *(ROOT / "include").glob("*.h")]
+    faults = [*sorted(FAULT.glob("*.c")), out / "fault.gen.c"]
+    headers = [
+        *CSRC.glob("*.h"),
+        *WORKER.glob("*.h"),
+        *FAULT.glob("*.h"),
+        *out.glob("*.gen.h"),
+        *(ROOT / "include").glob("*.h"),
+    ]
     headers.append(Path(__file__))
     newest = max(path.stat().st_mtime for path in headers)
 
@@ -164,9 +175,13 @@ def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path]]:
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = dict(zip((all_ := [*library, *worker]), pool.map(one, all_), strict=True))
+        objects = dict(zip((all_ := [*library, *worker, *faults]), pool.map(one, all_), strict=True))
     shared = [source for source in library if source.name in SHARED]
-    return [objects[source] for source in library], [objects[source] for source in shared + worker]
+    return (
+        [objects[source] for source in library],
+        [objects[source] for source in shared + worker],
+        [objects[source] for source in faults],
+    )
 
 
 def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> None:
@@ -195,6 +210,24 @@ def link_worker(objects: Sequence[Path], worker: Path, sanitize: str) -> None:
     hardening = "-Wl,-z,relro,-z,now,-z,noexecstack".split()
     run(["cc", "-pie", "-pthread", *how, *map(str, objects), "-o", str(fresh), *hardening, "-ldl"])
     fresh.replace(worker)
+
+
+def link_fault(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> None:
+    """The fault module: C alone, and as the library it exports what it must."""
+    if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in objects):
+        return
+    how = [f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-flto=auto", "-Wl,--no-undefined"]
+    fresh = library.with_name(
+        library.name + ".new"
+    )  # programs that have loaded the one before may be running
+    run(
+        [
+            "cc", "-shared", "-pthread", *how, *map(str, objects), "-o", str(fresh), "-Wl,-Bsymbolic",
+            f"-Wl,--version-script={out / 'fault.map'}", f"-Wl,-soname,{library.name}",
+            *"-Wl,-z,relro,-z,now,-z,noexecstack".split(), "-ldl",
+        ]
+    )  # fmt: skip
+    fresh.replace(library)
 
 
 def copy_backend(runtime: Path) -> None:
@@ -230,9 +263,10 @@ def main() -> None:
     emit_all(out, where, arguments.worker or worker)
     # The embedded interpreter writes nothing, so what it loads is compiled now: a tenth of a second a start.
     compileall.compile_dir(SHIM / "pkcs11_ha", quiet=1)
-    objects, worker_objects = compile_all(out, arguments.sanitize)
+    objects, worker_objects, fault_objects = compile_all(out, arguments.sanitize)
     link(out, objects, output / "libpkcs11-ha.so", arguments.sanitize)
     link_worker(worker_objects, worker, arguments.sanitize)
+    link_fault(out, fault_objects, output / "libpkcs11-fault.so", arguments.sanitize)
 
 
 if __name__ == "__main__":

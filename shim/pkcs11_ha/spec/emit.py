@@ -41,7 +41,7 @@ _QUESTIONS = {
     "ha_state": "CK_SLOT_ID slot, CK_HA_STATUS *state",
 }
 
-_BAD_OBJECT = {
+BAD_OBJECT = {
     "hObject": "CKR_OBJECT_HANDLE_INVALID",
     "hWrappingKey": "CKR_WRAPPING_KEY_HANDLE_INVALID",
     "hUnwrappingKey": "CKR_UNWRAPPING_KEY_HANDLE_INVALID",
@@ -325,7 +325,7 @@ def _rows(prototypes: Prototypes) -> str:
     for row in FUNCTIONS:
         arguments = prototypes[row.name]
         bad = [
-            _BAD_OBJECT.get(a.name, "CKR_KEY_HANDLE_INVALID")
+            BAD_OBJECT.get(a.name, "CKR_KEY_HANDLE_INVALID")
             for role, a in zip(row.roles, arguments, strict=True)
             if role is Role.OBJECT
         ]
