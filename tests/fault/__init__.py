@@ -6,10 +6,14 @@ import os
 import shutil
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from demo.members import SoftToken, Table, Toml, softhsm
+from tests import p11
+from tests.ha.app import environment
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 20.0
@@ -58,6 +62,15 @@ class Fault:
     def member(self, **options: Toml) -> Table:
         """The token as a `[[member]]` that fails as the script says."""
         return self.token.member(module=str(library()), env=self.env, **options)
+
+    @contextmanager
+    def module(self) -> Iterator[p11.Module]:
+        """The token in this process: a copy of the module, as a library reads its environment but once."""
+        copy = self.token.directory / "fault" / library().name
+        if not copy.exists():
+            shutil.copy(library(), copy)
+        with environment(self.env), p11.Module(copy) as module:
+            yield module
 
     def script(self, *lines: str) -> None:
         """From the next call on these rules hold, and no others."""

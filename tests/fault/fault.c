@@ -8,6 +8,7 @@
  * script in that memory, this is any library, keeps nothing, and can be used by whoever has a text editor.
  */
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -152,12 +153,13 @@ static bool make_faces(CK_FUNCTION_LIST *list, CK_C_GetInterfaceList get_list, C
     CK_ULONG count = 0;
     CK_INTERFACE *theirs = NULL, *preferred = NULL;
     if (get_list && get_list(NULL, &count) != CKR_OK) count = 0;
-    if (!(theirs = calloc(count + 1, sizeof *theirs)) || !(faces = calloc(count + 1, sizeof *faces))) {
+    if (!(theirs = calloc(count + 1, sizeof *theirs)) || !(faces = calloc(count + 2, sizeof *faces))) {
         free(theirs);
         return false;
     }
     if (count && get_list(theirs, &count) != CKR_OK) count = 0;
     if (!get || get(NULL, NULL, &preferred, 0) != CKR_OK) preferred = NULL;
+    if (!count && preferred) theirs[count++] = *preferred;
     faces[0].theirs = (CK_INTERFACE){standard, list, 0};
     face_count = count + 1;
     first_interface = count ? 1 : 0;
@@ -232,6 +234,15 @@ static void after_fork_in_child(void)
     fault_after_fork();
 }
 
+/* What is not told is as bad as what is not injected. */
+static bool can_log(void)
+{
+    int file = log_path ? open(log_path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : -1;
+    if (log_path && file < 0) fault_say("%s: %s", log_path, strerror(errno));
+    if (file >= 0) close(file);
+    return !log_path || file >= 0;
+}
+
 static bool load(void)
 {
     const char *module, *script, *state;
@@ -242,7 +253,7 @@ static bool load(void)
         fault_say("PKCS11_FAULT_MODULE names no library");
         return false;
     }
-    if (!open_library(module)) return false;
+    if (!can_log() || !open_library(module)) return false;
     fault_script_open(script, state);
     pthread_atfork(before_fork, after_fork_here, after_fork_in_child);
     return true;

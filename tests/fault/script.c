@@ -382,6 +382,12 @@ static struct block *block_in(int file)
     return block;
 }
 
+static bool complain(const char *path)
+{
+    fault_say("%s: %s", path, errno ? strerror(errno) : "is no state file");
+    return false;
+}
+
 static bool attach_counts(void)
 {
     if (!script.state_path) {
@@ -390,12 +396,14 @@ static bool attach_counts(void)
         begin_block(script.block);
         return true;
     }
-    int file = open(script.state_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600), locked = -1;
-    while (file >= 0 && (locked = flock(file, LOCK_EX)) && errno == EINTR) continue;
+    int file = open(script.state_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (file < 0) return complain(script.state_path);
+    while (flock(file, LOCK_EX) && errno == EINTR) continue;
     errno = 0;
-    script.block = locked ? NULL : block_in(file);
-    if (!script.block) fault_say("%s: %s", script.state_path, errno ? strerror(errno) : "is no state file");
-    if (file >= 0) close(file);
+    script.block = block_in(file);
+    if (!script.block) complain(script.state_path);
+    flock(file, LOCK_UN); /* the mapping keeps the file open, and its lock */
+    close(file);
     return script.block != NULL;
 }
 
