@@ -9,6 +9,9 @@
  * Its cryptography is a toy that hides nothing: a tag is FNV-1a of key, mechanism and data, so tokens with the same
  * key agree on it and those with different keys do not.  Numbers are a trap for who keeps them: object handles are
  * different after each C_Initialize and on each token, and session handles start from 1 again.
+ *
+ * It is for what no real token does or lets a test see: handles that trap, objects that are memory, counts of PIN tries.
+ * Where a real token with faults will do, tests/fault wraps one, with all its functions and any script.
  */
 #define _GNU_SOURCE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -63,6 +64,9 @@ def use(fault: Fault, keys: Keys) -> Iterator[Use]:
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
+# Sanitizers tell of a crash and end otherwise.
+UNTOLD = {name: f"{os.environ.get(name, '')}:handle_segv=0" for name in ("ASAN_OPTIONS", "TSAN_OPTIONS")}
+
 _BEGIN = """
 import sys
 from tests import p11
@@ -79,7 +83,7 @@ def program(fault: Fault) -> Program:
     """Runs Python with a session of the token to its end."""
 
     def run(text: str) -> subprocess.CompletedProcess[str]:
-        with environment(fault.env):
+        with environment(fault.env | UNTOLD):
             return subprocess.run(
                 [sys.executable, "-c", _BEGIN + text, str(library()), fault.token.pin],
                 cwd=ROOT,
