@@ -374,6 +374,17 @@ void ha_lengths_restore(const ha_lengths *lengths, CK_ATTRIBUTE *attributes)
     for (CK_ULONG k = 0; k < lengths->count; k++) attributes[k].ulValueLen = length[k];
 }
 
+/* What ha_bounded says of one output, of each of them. */
+CK_RV ha_lengths_bounded(const ha_lengths *lengths, const CK_ATTRIBUTE *attributes, CK_RV rv)
+{
+    const CK_ULONG *capacity = lengths->length ? lengths->length : lengths->few;
+    for (CK_ULONG k = 0; k < lengths->count; k++)
+        if (attributes[k].pValue && attributes[k].ulValueLen > capacity[k] &&
+            attributes[k].ulValueLen != CK_UNAVAILABLE_INFORMATION)
+            return CKR_DEVICE_ERROR;
+    return rv;
+}
+
 void ha_lengths_free(ha_lengths *lengths)
 {
     free(lengths->length);

@@ -315,9 +315,9 @@ static inline void ha_call_keep_apart(ha_call *call, CK_BYTE_PTR *in, CK_ULONG s
 }
 
 /* A length of more than there was room for is no answer: what it counts is somebody else's memory. */
-static inline CK_RV ha_bounded(CK_RV rv, const void *out, CK_ULONG length, CK_ULONG capacity)
+static inline CK_RV ha_bounded(CK_RV rv, const void *out, const CK_ULONG *length, CK_ULONG capacity)
 {
-    return __builtin_expect(rv == CKR_OK && out && length > capacity, 0) ? CKR_DEVICE_ERROR : rv;
+    return __builtin_expect(rv == CKR_OK && out && *length > capacity, 0) ? CKR_DEVICE_ERROR : rv;
 }
 
 enum ha_message_part { HA_MESSAGE_WHOLE, HA_MESSAGE_BEGINS, HA_MESSAGE_GOES_ON, HA_MESSAGE_ENDS };
@@ -332,6 +332,7 @@ typedef struct { /* what C_GetAttributeValue's lengths were, for a second member
 } ha_lengths;
 ha_lengths ha_lengths_save(const CK_ATTRIBUTE *attributes, CK_ULONG count);
 void ha_lengths_restore(const ha_lengths *lengths, CK_ATTRIBUTE *attributes);
+CK_RV ha_lengths_bounded(const ha_lengths *lengths, const CK_ATTRIBUTE *attributes, CK_RV rv);
 void ha_lengths_free(ha_lengths *lengths);
 
 /* ---- boot.c ---- */

@@ -111,6 +111,7 @@ def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
         try:
             member.is_logged_in()  # which needs, and renews, the service session
             login.restore(slot, member)
+            slot.objects.login_lost(call.member)
         except PinRefused as error:
             current().refuse(member, error.rv)
             call.tried |= 1 << call.member

@@ -222,6 +222,12 @@ class ObjectMap:
         else:
             self.drop(known)
 
+    def login_lost(self, index: int) -> None:
+        """A member had forgotten the login: after the next, its private objects have other handles (PKCS#11 5.6.9)."""
+        with self.lock:
+            for known in [k for k in self.objects.values() if k.identity.token and index in k.at]:
+                self._unbind(known, index)
+
     def member_lost(self, index: int) -> None:
         """Session objects die with the member's sessions, but live on where else they were made."""
         with self.lock:

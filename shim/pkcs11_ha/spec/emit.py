@@ -158,7 +158,9 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     for out, length in zip(
         _named(row, arguments, Role.OUT), _named(row, arguments, Role.OUT_LEN), strict=True
     ):
-        function = f"ha_bounded({function}, {out}, *{length}, capacity)"
+        function = f"ha_bounded({function}, {out}, {length}, capacity)"
+    for attributes in _named(row, arguments, Role.ANSWERS):
+        function = f"ha_lengths_bounded(&lengths, {attributes}, {function})"
     lines = ["    ha_call call;", f"    ha_call_init(&call, FN_{row.name});"]
     lines += [f"    {line}" for line in before]
     begin = f"ha_call_begin(&call, {session})"
