@@ -200,10 +200,12 @@ def test_an_output_is_zero(use: Use) -> None:
 
 def test_a_fault_that_could_not_be_is_owed_to_the_next_call(use: Use) -> None:
     use.fault.script("C_Digest times 1 flip 0")
-    assert code(lambda: use.session.output("C_Digest", DATA, len(DATA))) == "CKR_OPERATION_NOT_INITIALIZED"
+    size, buffer = c_ulong(32), ctypes.create_string_buffer(32)
+    rv = use.module.rv("C_Digest", use.session.handle, DATA, len(DATA), buffer, byref(size))
+    assert rv == p11.CKR_OPERATION_NOT_INITIALIZED
     assert use.fault.injected() == 0
     assert use.session.digest(p11.CKM_SHA256, DATA) != sha256(DATA).digest()
-    assert use.fault.injected() == 1
+    assert [(count.calls, count.injected) for count in use.fault.counts()] == [(2, 1)]
 
 
 def test_a_key_is_taken_for_another(use: Use) -> None:
