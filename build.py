@@ -143,7 +143,7 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
 
 
 # Of the library's sources, those that the worker is made of too.
-SHARED = ("wire.c", "line.c", "library.c", "wire.gen.c", "parameters.gen.c")
+SHARED = ("wire.c", "line.c", "serve.c", "library.c", "wire.gen.c", "parameters.gen.c", "serve.gen.c")
 
 
 def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path], list[Path]]:
@@ -153,9 +153,11 @@ def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path], list[
     optimise = (
         ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
     )
-    generated = [out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "module")]
+    generated = [
+        out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "serve", "module")
+    ]
     library = [*sorted(CSRC.glob("*.c")), *generated]
-    worker = [*sorted(WORKER.glob("*.c")), out / "serve.gen.c"]
+    worker = sorted(WORKER.glob("*.c"))
     faults = [*sorted(FAULT.glob("*.c")), out / "fault.gen.c"]
     headers = [
         *CSRC.glob("*.h"),

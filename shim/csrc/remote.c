@@ -5,6 +5,8 @@
  * with a line to a thread of the worker.  Whatever goes wrong on a channel (its end, a late answer, an answer that
  * is not well formed) kills the whole remote: every call on it answers CKR_DEVICE_ERROR until it is started or
  * connected anew.  What the worker says is measured before it is used.
+ *
+ * Or there is no worker, and the threads are ours (hand.c).  Then what goes wrong ends its own channel alone.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -21,17 +23,17 @@
 #include <unistd.h>
 
 #include "build.gen.h" /* HA_WORKER */
-#include "wire.h"
+#include "serve.h"
 
-enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HELLO_LIMIT = 1 << 14, FAREWELL_MS = 2000 };
+enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HANDS = 32, HELLO_LIMIT = 1 << 14, FAREWELL_MS = 2000 };
 
 #define INSIDE_A_WORKER "PKCS11_HA_INSIDE_A_WORKER" /* a worker starts no workers: it may be loading us */
 
 struct ha_channel {
     struct ha_line line;
+    struct ha_hand *hand; /* its other end, if that is in this process */
     uint32_t turn;
-    uint32_t life;       /* of its remote */
-    uint32_t timeout_ms; /* of the call, 0: none */
+    uint32_t life; /* of its remote */
     bool in_use;
     struct ha_message message;
     struct ha_channel *next; /* of its remote, idle or not */
@@ -45,6 +47,9 @@ struct remote {
     unsigned idle;
     unsigned limits_ms[HA_DEADLINES]; /* of a call of each class, 0: none */
     struct ha_channel *channels;
+    struct ha_hands *hands; /* threads at the other ends; NULL: it is a worker's */
+    void *functions[HA_FUNCTIONS];
+    pthread_cond_t given; /* a channel, where there may be no more */
     unsigned major, minor;
     CK_BYTE has[HA_FUNCTIONS]; /* functions that the library has */
 };
@@ -59,10 +64,12 @@ static void before_fork(void)
 {
     pthread_mutex_lock(&remotes_lock);
     for (unsigned r = 0; r < HA_MAX_REMOTES; r++) pthread_mutex_lock(&remotes[r].lock);
+    ha_hands_before_fork();
 }
 
 static void after_fork_in_parent(void)
 {
+    ha_hands_after_fork(false);
     for (unsigned r = 0; r < HA_MAX_REMOTES; r++) pthread_mutex_unlock(&remotes[r].lock);
     pthread_mutex_unlock(&remotes_lock);
 }
@@ -73,30 +80,46 @@ static void close_fd(int *fd)
     *fd = -1;
 }
 
-static void channel_free(struct ha_channel *channel)
+/* `left`: its other end may be in the middle of a call. */
+static void channel_free(struct ha_channel *channel, bool left)
 {
     ha_message_free(&channel->message);
     ha_line_close(&channel->line);
+    if (channel->hand) ha_hand_release(channel->hand, left);
     free(channel);
+}
+
+static void prepare_remote(struct remote *remote)
+{
+    pthread_condattr_t monotonic;
+    pthread_mutex_init(&remote->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&remote->given, &monotonic);
+    pthread_condattr_destroy(&monotonic);
 }
 
 static void after_fork_in_child(void)
 {
+    ha_hands_after_fork(true);
     for (unsigned r = 0; r < HA_MAX_REMOTES; r++) {
         struct remote *remote = &remotes[r];
         while (remote->channels) {
             struct ha_channel *channel = remote->channels;
             remote->channels = channel->next;
             ha_line_forget(&channel->line); /* closed, not shut down: the parent goes on with its own descriptors */
-            channel_free(channel);
+            channel_free(channel, false);
         }
         if (remote->used) {
             close_fd(&remote->control);
             close_fd(&remote->pidfd);
         }
+        if (remote->hands) ha_hands_release(remote->hands);
+        remote->hands = NULL;
         remote->used = remote->alive = false;
+        remote->idle = 0;
         remote->life++;
-        pthread_mutex_init(&remote->lock, NULL);
+        prepare_remote(remote);
     }
     pthread_mutex_init(&remotes_lock, NULL);
 }
@@ -105,7 +128,7 @@ static void after_fork_in_child(void)
 __attribute__((constructor)) static void prepare(void)
 {
     for (unsigned r = 0; r < HA_MAX_REMOTES; r++) {
-        pthread_mutex_init(&remotes[r].lock, NULL);
+        prepare_remote(&remotes[r]);
         remotes[r].control = remotes[r].pidfd = -1;
     }
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
@@ -131,9 +154,14 @@ int ha_remote_new(void)
 
 void ha_remote_free(int number)
 {
+    struct remote *remote = &remotes[number];
     ha_remote_kill(number);
     pthread_mutex_lock(&remotes_lock);
-    remotes[number].used = false;
+    pthread_mutex_lock(&remote->lock);
+    if (remote->hands) ha_hands_release(remote->hands);
+    remote->hands = NULL;
+    pthread_mutex_unlock(&remote->lock);
+    remote->used = false;
     pthread_mutex_unlock(&remotes_lock);
 }
 
@@ -170,10 +198,11 @@ static void kill_locked(struct remote *remote)
             shutdown(channel->line.socket, SHUT_RDWR);
         } else {
             unlink_channel(remote, channel);
-            channel_free(channel);
+            channel_free(channel, false);
         }
     }
     remote->idle = 0;
+    pthread_cond_broadcast(&remote->given);
 }
 
 void ha_remote_kill(int number)
@@ -219,16 +248,21 @@ static bool hand_over(int control, const int handed[HA_LINE_FDS])
 static struct ha_channel *new_channel(struct remote *remote)
 {
     int handed[HA_LINE_FDS];
+    bool reached = false;
     struct ha_channel *channel = calloc(1, sizeof *channel);
     if (!channel || !ha_line_make(&channel->line, handed)) {
         free(channel);
         return NULL;
     }
-    bool reached = hand_over(remote->control, handed);
-    for (unsigned k = 0; k < HA_LINE_FDS; k++) close(handed[k]);
-    if (!reached) {
-        channel_free(channel);
-        kill_locked(remote);
+    if (remote->hands) {
+        channel->hand = ha_hand_new(remote->hands, remote->functions, handed);
+    } else {
+        reached = hand_over(remote->control, handed);
+        for (unsigned k = 0; k < HA_LINE_FDS; k++) close(handed[k]);
+    }
+    if (!channel->hand && !reached) {
+        channel_free(channel, false);
+        if (!remote->hands) kill_locked(remote);
         return NULL;
     }
     channel->life = remote->life;
@@ -236,21 +270,41 @@ static struct ha_channel *new_channel(struct remote *remote)
     return remote->channels = channel;
 }
 
-/* A channel for one call; NULL: the remote is dead. */
-static struct ha_channel *channel_take(struct remote *remote, unsigned deadline)
+/* Threads of the application's process are not without number: so a call waits for one. */
+static bool is_full(const struct remote *remote)
+{
+    unsigned count = 0;
+    if (!remote->hands || remote->idle) return false;
+    for (const struct ha_channel *channel = remote->channels; channel; channel = channel->next) count++;
+    return count >= HANDS;
+}
+
+static bool wait_for_channel(struct remote *remote, uint64_t until)
+{
+    const struct timespec time = {(time_t)(until / 1000000000U), (long)(until % 1000000000U)};
+    while (remote->alive && is_full(remote)) {
+        if (!until)
+            pthread_cond_wait(&remote->given, &remote->lock);
+        else if (pthread_cond_timedwait(&remote->given, &remote->lock, &time) == ETIMEDOUT)
+            return false;
+    }
+    return remote->alive;
+}
+
+/* A channel for one call, and until when it may take; NULL: the remote is dead, or has none for us. */
+static struct ha_channel *channel_take(struct remote *remote, unsigned deadline, uint64_t *until)
 {
     struct ha_channel *channel = NULL;
     pthread_mutex_lock(&remote->lock);
-    if (remote->alive) {
+    const uint64_t limit_ms = remote->limits_ms[deadline];
+    *until = limit_ms ? ha_monotonic_ns() + limit_ms * UINT64_C(1000000) : 0;
+    if (remote->alive && wait_for_channel(remote, *until)) {
         for (channel = remote->channels; channel && channel->in_use;) channel = channel->next;
         if (channel)
             remote->idle--;
         else
             channel = new_channel(remote);
-        if (channel) {
-            channel->in_use = true;
-            channel->timeout_ms = remote->limits_ms[deadline];
-        }
+        if (channel) channel->in_use = true;
     }
     pthread_mutex_unlock(&remote->lock);
     return channel;
@@ -261,14 +315,15 @@ static void channel_give(struct remote *remote, struct ha_channel *channel, bool
     ha_message_wipe(&channel->message);
     pthread_mutex_lock(&remote->lock);
     bool current = remote->alive && channel->life == remote->life;
-    if (broken && current) kill_locked(remote); /* it leaves this one to us */
+    if (broken && current && !remote->hands) kill_locked(remote); /* it leaves this one to us */
     if (broken || !current || remote->idle == IDLE_CHANNELS) {
         unlink_channel(remote, channel);
-        channel_free(channel);
+        channel_free(channel, broken);
     } else {
         channel->in_use = false;
         remote->idle++;
     }
+    if (remote->hands) pthread_cond_signal(&remote->given);
     pthread_mutex_unlock(&remote->lock);
 }
 
@@ -474,6 +529,32 @@ int ha_remote_connect(int number, char *path, unsigned *limits_ms, char *error, 
     return begin_life(&remotes[number], path, fd, -1, limits_ms, error, error_size);
 }
 
+/* A library of this process: its functions, called by threads of ours from now on. */
+int ha_remote_here(int number, ha_library *library, void *list, unsigned count, unsigned *limits_ms)
+{
+    struct remote *remote = &remotes[number];
+    pthread_mutex_lock(&remote->lock);
+    kill_locked(remote);
+    if (!remote->hands) remote->hands = ha_hands_new();
+    for (unsigned row = 0; row < HA_FUNCTIONS; row++) {
+        remote->functions[row] = row < count && serve_rows[row] ? ha_library_function(library, list, row) : NULL;
+        remote->has[row] = remote->functions[row] != NULL;
+    }
+    memcpy(remote->limits_ms, limits_ms, sizeof remote->limits_ms);
+    remote->life++;
+    remote->alive = remote->hands;
+    pthread_mutex_unlock(&remote->lock);
+    return remote->alive;
+}
+
+unsigned ha_remote_left_behind(int number)
+{
+    pthread_mutex_lock(&remotes[number].lock);
+    unsigned left = remotes[number].hands ? ha_hands_left(remotes[number].hands) : 0;
+    pthread_mutex_unlock(&remotes[number].lock);
+    return left;
+}
+
 /* A worker's library is finalised politely, but not for longer than it deserves. */
 void ha_remote_stop(int number)
 {
@@ -507,7 +588,7 @@ void ha_remote_version(int number, unsigned *major, unsigned *minor)
 bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadline)
 {
     *x = (struct ha_exchange){.remote = remote, .row = row, .rv = CKR_DEVICE_ERROR};
-    x->channel = channel_take(&remotes[remote], deadline);
+    x->channel = channel_take(&remotes[remote], deadline, &x->until);
     if (!x->channel) return false;
     x->message = &x->channel->message;
     x->expected = sizeof(CK_ULONG); /* the return value */
@@ -701,11 +782,9 @@ void ha_ask_initialize(struct ha_exchange *x, const CK_C_INITIALIZE_ARGS *args)
 bool ha_answered(struct ha_exchange *x)
 {
     struct ha_message *message = x->message;
-    uint64_t deadline = 0, timeout_ms = x->channel->timeout_ms;
     if (!x->refused && (message->no_memory || message->end > HA_WIRE_MAX)) refuse(x, CKR_HOST_MEMORY);
     if (x->refused) return false;
-    if (timeout_ms) deadline = ha_monotonic_ns() + timeout_ms * UINT64_C(1000000);
-    if (ha_line_ask(&x->channel->line, message, x->expected, deadline) == HA_WIRE_DONE) {
+    if (ha_line_ask(&x->channel->line, message, x->expected, x->until) == HA_WIRE_DONE) {
         struct ha_frame frame = ha_frame_of(message);
         message->broken = frame.row != x->row || frame.turn != x->channel->turn;
         x->rv = ha_get(message);

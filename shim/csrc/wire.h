@@ -99,6 +99,15 @@ enum ha_wire_result ha_line_ask(struct ha_line *line, struct ha_message *message
 enum ha_wire_result ha_line_hear(struct ha_line *line, struct ha_message *request);
 enum ha_wire_result ha_line_answer(struct ha_line *line, struct ha_message *answer);
 
+/* ---- hand.c: serving ends in this process ---- */
+struct ha_hands *ha_hands_new(void); /* of one remote; NULL: no memory */
+void ha_hands_release(struct ha_hands *hands);
+unsigned ha_hands_left(struct ha_hands *hands); /* threads in calls that nobody waits for any more */
+struct ha_hand *ha_hand_new(struct ha_hands *hands, void *const *functions, const int handed[HA_LINE_FDS]);
+void ha_hand_release(struct ha_hand *hand, bool left);
+void ha_hands_before_fork(void);
+void ha_hands_after_fork(bool child);
+
 /* The messages' version: both ends must have the same. */
 extern const char ha_wire_version[];
 
@@ -110,6 +119,7 @@ struct ha_exchange {
     struct ha_message *message;
     size_t expected; /* what the answer may have at most */
     CK_RV rv;
+    uint64_t until; /* monotonic ns, 0: for ever */
     unsigned remote, row;
     bool refused; /* rv says why nothing is sent */
 };

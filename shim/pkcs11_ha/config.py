@@ -88,7 +88,7 @@ class MemberConfig:
 
     @property
     def timeouts(self) -> Timeouts:
-        """What holds where nothing is said: a process of its own that hangs can be ended, a thread of ours cannot."""
+        """What holds where nothing is said: without a worker a limit has its price, and is to be wanted."""
         if self.call_timeout_s is None:
             return NO_TIMEOUTS if self.host == "process" else Timeouts()
         return self.call_timeout_s
@@ -360,7 +360,9 @@ OPTIONS = (
         "Seconds that a call may take: then its worker is killed. By class of [function](functions.md); what is not"
         f" said is `{{ information = {Timeouts.information}, cryptography = {Timeouts.cryptography}, generation ="
         f" {Timeouts.generation} }}`. A number N is that of cryptography: information has N or"
-        f' {Timeouts.information}, whichever is less, generation {_GENERATION_FACTOR} N. Not for `host = "process"`.',
+        f' {Timeouts.information}, whichever is less, generation {_GENERATION_FACTOR} N. With `host = "process"`'
+        " none if none is said; with one, threads of this library make the calls, a late one stays behind in the"
+        " vendor's, and what a worker refuses is refused.",
     ),
     Option(
         "member",
@@ -736,9 +738,6 @@ def _check_names(config: Config, profiles: Sequence[str], source: _Source) -> No
 def _check_hosts(config: Config, source: _Source) -> None:
     """What one host can do and another cannot."""
     for number, member in enumerate(config.members):
-        if member.host == "process" and member.timeouts != NO_TIMEOUTS:
-            problem = 'a call in this process cannot be ended: only with host = "worker" or "unix:/path"'
-            raise source.error(("member", number, "call_timeout_s"), problem)
         for key, value in (("user", member.user), ("limits", member.limits)):
             if value and member.host != "worker":
                 raise source.error(("member", number, key), 'only with host = "worker"')

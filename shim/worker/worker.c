@@ -48,31 +48,6 @@ static _Noreturn void fail(const char *what, const char *why)
     exit(1);
 }
 
-/* ---- calls ---- */
-
-/* A request for a row that there is, well formed; else the channel ends, and with it the client's trust in us. */
-static bool serve_one(struct serve *s, struct ha_line *line)
-{
-    if (ha_line_hear(line, &s->request) != HA_WIRE_DONE) return false;
-    struct ha_frame frame = ha_frame_of(&s->request);
-    if (frame.row >= HA_FUNCTIONS || !serve_rows[frame.row] || !functions[frame.row]) return false;
-    if (!serve_rows[frame.row](s, functions[frame.row]) || s->answer.no_memory) return false;
-    return ha_line_answer(line, &s->answer) == HA_WIRE_DONE;
-}
-
-static void *serve_channel(void *argument)
-{
-    struct serve s;
-    struct ha_line line = *(struct ha_line *)argument;
-    free(argument);
-    if (serve_begin(&s)) {
-        while (serve_one(&s, &line)) serve_end(&s);
-        serve_free(&s);
-    }
-    ha_line_close(&line);
-    return NULL;
-}
-
 /* ---- what this process may ---- */
 
 static bool limit(const char *wanted)
@@ -145,6 +120,15 @@ static bool greet(int control, const char *error, unsigned major, unsigned minor
     bool sent = !hello.no_memory && ha_send(control, &hello, 0) == HA_WIRE_DONE;
     ha_message_free(&hello);
     return sent && !error;
+}
+
+static void *serve_channel(void *argument)
+{
+    struct ha_line line = *(struct ha_line *)argument;
+    free(argument);
+    serve_line(&line, functions);
+    ha_line_close(&line);
+    return NULL;
 }
 
 /* A thread for what is a line; its end tells the client if there is none. */

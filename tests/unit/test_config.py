@@ -283,11 +283,6 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
             "member.call_timeout_s: unknown class 'login'; there are information, cryptography, generation",
         ),
         ("member", "profile = 1", "member.profile: expected a string"),
-        (
-            "member",
-            "call_timeout_s = 20",
-            "member.call_timeout_s: a call in this process cannot be ended",
-        ),
         ("member", '"pin\\nsource" = 1', "member.pin\\nsource: unknown key; there are name, module"),
         ("group", 'serial = ""', f"group.serial: {SERIAL}"),
         ("group", 'serial = "12345678901234567"', f"group.serial: {SERIAL}"),
@@ -336,8 +331,9 @@ def test_a_call_has_a_limit_where_it_can_be_ended(host: str, said: str, limits: 
     assert (member.host, member.timeouts) == (host, limits)
 
 
-def test_a_call_in_this_process_has_none() -> None:
-    assert [m.timeouts for m in parse(EAST + WEST + PROD, "/x.toml").members] == [NO_TIMEOUTS] * 2
+def test_a_call_in_this_process_has_none_unless_it_is_said() -> None:
+    members = parse(f"{EAST}call_timeout_s = 1\n{WEST}{PROD}", "/x.toml").members
+    assert [m.timeouts for m in members] == [Timeouts(1, 1, 15), NO_TIMEOUTS]
 
 
 def test_the_limits_are_those_of_the_classes() -> None:

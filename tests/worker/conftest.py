@@ -18,6 +18,9 @@ keys = ha.keys
 models = ha.models
 tokens = ha.tokens
 start = ha.start
+pair = ha.pair
+fake = ha.fake
+fake_library = ha.fake_library
 
 WorkerFactory = Callable[[SoftToken], Worker]
 

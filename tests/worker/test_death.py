@@ -167,6 +167,7 @@ def test_call_hears_at_once_that_its_worker_is_killed(tokens: Tokens, remote: Re
     info = native.ffi.new("CK_INFO *")
     assert remote.call("C_GetInfo", info) == "CKR_CRYPTOKI_NOT_INITIALIZED"
     os.kill(worker, signal.SIGSTOP)
+    until(lambda: state(worker) == "T", "it is stopped")
     said: list[str] = []
     stuck = threading.Thread(target=lambda: said.append(remote.call("C_GetInfo", info)))
     stuck.start()

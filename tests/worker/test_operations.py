@@ -1,4 +1,4 @@
-"""What SoftHSM does, behind workers: every kind of argument and answer crosses, and means the same there."""
+"""What SoftHSM does, behind workers and threads: every kind of argument crosses, and means the same there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import aes_key_wrap_with_padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from demo.members import SoftToken, Toml
 from tests import p11
 from tests.der import tlv
 from tests.ha import operations
 from tests.ha.app import Application, code
+from tests.ha.conftest import StartFactory
 from tests.ha.keys import DATA, DIGEST, Keys, private, public, shared
 from tests.ha.operations import GcmParams, OaepParams, Use
+from tests.worker.conftest import WorkerFactory
 
 ED25519 = bytes.fromhex("130c656477617264733235353139")  # PrintableString "edwards25519"
 BIG = urandom(1 << 20)
@@ -38,6 +41,20 @@ class EcdhParams(ctypes.Structure):
 
 class Attribute(ctypes.Structure):
     _fields_ = (("type", c_ulong), ("value", c_void_p), ("size", c_ulong))
+
+
+@pytest.fixture(params=["worker", "unix", "threads"])
+def application(
+    request: pytest.FixtureRequest,
+    tokens: tuple[SoftToken, SoftToken],
+    listening: WorkerFactory,
+    start: StartFactory,
+) -> Application:
+    """A group of two tokens with the same keys, each in a worker or called by threads that have a limit."""
+    if request.param == "unix":
+        return start(*(listening(token).member() for token in tokens))
+    how: dict[str, Toml] = {"host": "worker"} if request.param == "worker" else {"call_timeout_s": 20}
+    return start(*(token.member(**how) for token in tokens))
 
 
 @pytest.fixture

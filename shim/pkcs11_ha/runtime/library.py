@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.config import MemberConfig
+from pkcs11_ha.config import NO_TIMEOUTS, MemberConfig
 from pkcs11_ha.runtime import native
-from pkcs11_ha.runtime.worker import Worker, WorkerError
+from pkcs11_ha.runtime.worker import Hands, Worker, WorkerError
 from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
 
 # Libraries whose function list is bound to the environment of the moment it was asked for: the variables need
 # not stand while it is initialised, which may take long (the server is asked).
 _ENV_AT_LIST = ("p11-kit-client",)
+_MOST_LEFT_BEHIND = 8  # calls inside a library that nobody waits for: then it is called no more
 
 
 class LibraryError(Exception):
@@ -27,6 +28,8 @@ class Instance:
     """One initialised state of a library: a function list, and the members that live in it."""
 
     remote = False  # whether it is in a process of its own
+    has_threads = False  # whether calls are made by others than their callers
+    is_empty = True  # whether nobody was left behind in it who would be there when it is finalised
 
     def __init__(self, library: Any, path: str, config: MemberConfig, idle: list[Instance] | None) -> None:
         self.library = library
@@ -89,6 +92,9 @@ class Instance:
             native.lib.ha_library_finalize(self.pointer(INDEX["C_Finalize"]))
         self.initialised = False
 
+    def resume(self) -> None:
+        """Before it is called again without having been restarted.  Raises LibraryError."""
+
     def abandon(self) -> None:
         """Makes calls that are stuck in it come back, where that can be done."""
 
@@ -100,10 +106,103 @@ class Instance:
             self.idle.append(self)
 
 
+class HandedInstance(Instance):
+    """An instance whose calls have a limit: threads of ours make them, and are left behind in it when they are late.
+
+    With somebody left behind in it a library is neither initialised nor finalised: it would crash.  Where each function
+    list is a state of its own, another list is taken.
+    """
+
+    has_threads = True
+
+    def __init__(
+        self,
+        library: Any,
+        path: str,
+        config: MemberConfig,
+        idle: list[Instance] | None,
+        connect_timeout_s: float,
+    ) -> None:
+        super().__init__(library, path, config, idle)
+        self.connect_timeout_s = connect_timeout_s
+        self.hands: Hands | None = None
+        self.late = False  # C_Initialize did not come back in time
+        self.outgrown: list[Any] = []  # lists that others have taken the place of
+
+    @property
+    def left_behind(self) -> int:
+        return self.hands.left_behind if self.hands else 0
+
+    @property
+    def is_empty(self) -> bool:  # type: ignore[override]
+        return not self.left_behind or _is_bound_by_list(self.config)
+
+    def pointer(self, row: int) -> Any:
+        return self.hands.function(row) if self.hands else super().pointer(row)
+
+    def _initialise(self, can_create_threads: bool) -> None:
+        if self.left_behind:
+            self._renew()
+        self._begin()
+        try:
+            super()._initialise(can_create_threads)
+        except LibraryError:
+            self.late = self.left_behind > 0
+            raise
+        if self.late:
+            self.foreign = self.late = False  # it was us who initialised it
+
+    def _begin(self) -> None:
+        self._must_be_fit()
+        try:
+            self.hands = self.hands or Hands(self.config, self.connect_timeout_s)
+            self.hands.start(self.library, self.list, self.count)
+        except WorkerError as error:
+            raise LibraryError(str(error)) from None
+
+    def _must_be_fit(self) -> None:
+        if self.left_behind >= _MOST_LEFT_BEHIND:
+            raise LibraryError(f"{self.path}: {self.left_behind} calls that were late are still inside it")
+
+    def _renew(self) -> None:
+        """Leaves its state to those who are inside."""
+        self._must_be_fit()
+        if not _is_bound_by_list(self.config):
+            raise LibraryError(f"{self.path}: a call that was late is still inside it")
+        self.outgrown.append(self.list)
+        with environment(self.config):
+            self.take_list()
+
+    def resume(self) -> None:
+        self._must_be_fit()
+
+    def finalise(self) -> None:
+        if not self.left_behind:
+            super().finalise()
+        self.initialised = False
+        while self.hands and self.outgrown and not self.left_behind:
+            self.hands.start(self.library, self.outgrown.pop(), self.count)
+            native.lib.ha_library_finalize(self.pointer(INDEX["C_Finalize"]))
+
+    def abandon(self) -> None:
+        if self.hands:
+            self.hands.kill()
+
+    def leave(self) -> None:
+        """With somebody inside it stays as it is, and is not used again."""
+        self.finalise()
+        if self.left_behind:
+            self.idle = None
+        super().leave()
+        if self.hands:
+            self.hands.leave()
+            self.hands = None
+
+
 class RemoteInstance(Instance):
     """An instance in a worker process: killed and started anew, where another is finalised and initialised."""
 
-    remote = True
+    remote = has_threads = True
 
     def __init__(self, config: MemberConfig, connect_timeout_s: float) -> None:
         super().__init__(None, config.module, config, None)
@@ -155,10 +254,14 @@ class Libraries:
                 remote.members.add(config.name)
                 self.instances.append(remote)
                 return remote
+            if config.timeouts != NO_TIMEOUTS and not self.can_create_threads:
+                raise LibraryError(
+                    f"{config.module}: call_timeout_s takes threads, and the application forbids them"
+                )
             own = config.instance == "own"
             instance = self._load(config, own)
             twin = next((i for i in self.instances if i.list == instance.list), None)
-            if twin and (twin.config.env, twin.config.init_args) != (config.env, config.init_args):
+            if twin and _settings(twin.config) != _settings(config):
                 instance, twin = self._load(config, True), None  # two settings are two states
             if twin:
                 instance = twin
@@ -170,13 +273,19 @@ class Libraries:
     def _load(self, config: MemberConfig, own: bool) -> Instance:
         idle = None
         if own or _is_bound_by_list(config):
-            idle = _idle.setdefault((_key(config.module), own, config.env), [])
+            key = (_key(config.module), own, config.env, config.timeouts == NO_TIMEOUTS)
+            idle = _idle.setdefault(key, [])
             if idle:
                 instance = idle.pop()
                 instance.config = config
                 return instance
         with environment(config):
-            instance = Instance(_open(config.module, own), config.module, config, idle)
+            library = _open(config.module, own)
+            instance = (
+                Instance(library, config.module, config, idle)
+                if config.timeouts == NO_TIMEOUTS
+                else HandedInstance(library, config.module, config, idle, self.connect_timeout_s)
+            )
             instance.take_list()
         return instance
 
@@ -212,7 +321,12 @@ class Libraries:
 _Key = tuple[int, int, int]
 _opened: dict[_Key, Any] = {}
 # Private copies, and lists that their library never takes back, between two runs.
-_idle: dict[tuple[_Key, bool, tuple[tuple[str, str], ...]], list[Instance]] = {}
+_idle: dict[tuple[_Key, bool, tuple[tuple[str, str], ...], bool], list[Instance]] = {}
+
+
+def _settings(config: MemberConfig) -> tuple[object, ...]:
+    """What members in one instance have in common."""
+    return (config.env, config.init_args, config.timeouts)
 
 
 def _is_bound_by_list(config: MemberConfig) -> bool:

@@ -130,16 +130,18 @@ class Member:
                 libraries.initialise(self.instance, self.config)
             elif self._may_restart(connect_timeout_s):
                 libraries.restart(self.instance, self.config)
-            elif not self.instance.initialised or self._is_finalised():
-                libraries.revive(self.instance, self.config)
             else:
-                fresh = self.instance.foreign
+                self.instance.resume()
+                if not self.instance.initialised or self._is_finalised():
+                    libraries.revive(self.instance, self.config)
+                else:
+                    fresh = self.instance.foreign
         except LibraryError as error:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, str(error)) from None
         instance = self.instance
         instance.publish(self.native)
-        # SoftHSM writes to no socket, and the stubs of a worker do without the signal: SIGPIPE cannot come from them.
-        guard = self.profile != "softhsm" and not instance.remote
+        # SoftHSM writes to no socket, and stubs do without the signal: SIGPIPE cannot come from them.
+        guard = self.profile != "softhsm" and not instance.has_threads
         # p11-kit-client can lose a wake-up when its server dies under several threads, and leave one waiting for ever.
         one_by_one = instance.one_call_at_a_time or self.profile == "p11-kit"
         native.lib.ha_member_traits(self.native, guard, one_by_one)
@@ -158,15 +160,16 @@ class Member:
     def _may_restart(self, connect_timeout_s: float) -> bool:
         """Whether the library may be finalised: no sibling lives in it, and no call is inside it any more."""
         assert self.instance
-        if self.instance.foreign or len(self.instance.members) > 1:
+        if self.instance.foreign or len(self.instance.members) > 1 or not self.instance.is_empty:
             return False
-        self.instance.abandon()
+        if self.instance.remote:
+            self.instance.abandon()
         deadline = time.monotonic() + connect_timeout_s
         while native.lib.ha_member_in_flight(self.native):
             if time.monotonic() > deadline:
                 raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")
             time.sleep(_QUIET_STEP_S)
-        return True
+        return self.instance.is_empty
 
     def _is_finalised(self) -> bool:
         """Whether somebody else, the host perhaps, has finalised the library."""

@@ -1,4 +1,4 @@
-"""A worker as the core sees it: started or connected, its functions, killed or bid farewell."""
+"""Workers, and threads of ours in their place, as the core sees them: started, their functions, killed, left."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class WorkerError(Exception):
     """A worker cannot be started or reached; `str` is one line."""
 
 
-class Worker:
-    """The process that has a member's vendor library; one that a fork left behind belongs to the parent."""
+class Remote:
+    """What makes a member's calls instead of their callers; one that a fork left behind belongs to the parent."""
 
     def __init__(self, config: MemberConfig, connect_timeout_s: float) -> None:
         self.config = config
@@ -29,10 +29,35 @@ class Worker:
         if self.number < 0:
             raise WorkerError("too many members with a worker in one process")
 
+    def _limits_ms(self) -> Any:
+        return native.ffi.new("unsigned[]", [_milliseconds(self._limit_s(each)) for each in Deadline])
+
+    def _limit_s(self, deadline: Deadline) -> float:
+        if deadline is Deadline.CONNECT:
+            return self.connect_timeout_s
+        return float(getattr(self.config.timeouts, deadline.value))
+
+    def function(self, row: int) -> Any:
+        """The stub of a row; NULL if the library has no such function."""
+        return native.lib.ha_remote_function(self.number, row)
+
+    def kill(self) -> None:
+        """At once; calls in it come back."""
+        if self._is_ours:
+            native.lib.ha_remote_kill(self.number)
+
+    @property
+    def _is_ours(self) -> bool:
+        return bool(self.generation == native.lib.ha_fork_generation())
+
+
+class Worker(Remote):
+    """The process that has a member's vendor library."""
+
     def start(self) -> None:
         """A new process, or a new one behind the socket; the one before is killed.  Raises WorkerError."""
         host, why = self.config.host, native.ffi.new("char[512]")
-        limits_ms = native.ffi.new("unsigned[]", [_milliseconds(self._limit_s(each)) for each in Deadline])
+        limits_ms = self._limits_ms()
         if host.startswith(SOCKET):
             path = native.text(host.removeprefix(SOCKET))
             done = native.lib.ha_remote_connect(self.number, path, limits_ms, why, 512)
@@ -65,25 +90,11 @@ class Worker:
             kept["HOME"] = pwd.getpwnam(self.config.user).pw_dir
         return kept | dict(self.config.env)
 
-    def _limit_s(self, deadline: Deadline) -> float:
-        if deadline is Deadline.CONNECT:
-            return self.connect_timeout_s
-        return float(getattr(self.config.timeouts, deadline.value))
-
-    def function(self, row: int) -> Any:
-        """The stub of a row; NULL if the library has no such function."""
-        return native.lib.ha_remote_function(self.number, row)
-
     def version(self) -> tuple[int, int]:
         """Of the library's function list."""
         major, minor = native.ffi.new("unsigned *"), native.ffi.new("unsigned *")
         native.lib.ha_remote_version(self.number, major, minor)
         return major[0], minor[0]
-
-    def kill(self) -> None:
-        """At once; calls in it come back."""
-        if self._is_ours:
-            native.lib.ha_remote_kill(self.number)
 
     def leave(self) -> None:
         """C_Finalize, for a moment at most, and its end."""
@@ -91,9 +102,24 @@ class Worker:
             native.lib.ha_remote_stop(self.number)
             native.lib.ha_remote_free(self.number)
 
+
+class Hands(Remote):
+    """Threads of this process: one that is late is left behind in the library, and its caller goes on."""
+
+    def start(self, library: Any, functions: Any, count: int) -> None:
+        """From now on the functions of this list are called.  Raises WorkerError."""
+        if not native.lib.ha_remote_here(self.number, library, functions, count, self._limits_ms()):
+            raise WorkerError("no memory")
+
     @property
-    def _is_ours(self) -> bool:
-        return bool(self.generation == native.lib.ha_fork_generation())
+    def left_behind(self) -> int:
+        """Calls inside the library that nobody waits for any more."""
+        return int(native.lib.ha_remote_left_behind(self.number)) if self._is_ours else 0
+
+    def leave(self) -> None:
+        """What is left behind ends when it comes back."""
+        if self._is_ours:
+            native.lib.ha_remote_free(self.number)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -1,4 +1,4 @@
-/* One call in the worker: its request taken apart, and its answer put together. */
+/* The serving end of a call: its request taken apart, and its answer put together. */
 #ifndef PKCS11_HA_SERVE_H
 #define PKCS11_HA_SERVE_H
 
@@ -44,9 +44,8 @@ void answer_list(struct serve *s, CK_RV rv, const struct serve_room *room, size_
 void answer_mechanism(struct serve *s, CK_RV rv);
 void answer_answers(struct serve *s, CK_RV rv, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 
-bool serve_begin(struct serve *s);
-void serve_end(struct serve *s); /* wipes what passed */
-void serve_free(struct serve *s);
+/* One request after the other, until the line ends or says what cannot be. */
+void serve_line(struct ha_line *line, void *const *functions);
 
 extern const char *serve_init_args; /* of this worker, before those of its clients */
 

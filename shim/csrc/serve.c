@@ -1,5 +1,5 @@
 /*
- * The worker's half of a call: requests are measured before the vendor's library sees them, answers are put together.
+ * The serving half of a call, in a worker or a thread of hand.c: requests are measured before the vendor's library sees them, answers are put together.
  *
  * Pointers in what a client sent are never followed: each is replaced by one into the request or the arena.
  */
@@ -19,14 +19,14 @@ const char *serve_init_args;
 
 /* ---- memory of a call ---- */
 
-bool serve_begin(struct serve *s)
+static bool serve_begin(struct serve *s)
 {
     memset(s, 0, sizeof *s);
     s->arena = ha_secret_pages(ARENA);
     return s->arena != NULL;
 }
 
-void serve_end(struct serve *s)
+static void serve_end(struct serve *s)
 {
     explicit_bzero(s->arena, s->arena_used);
     s->arena_used = 0;
@@ -42,7 +42,7 @@ void serve_end(struct serve *s)
     ha_message_wipe(&s->answer);
 }
 
-void serve_free(struct serve *s)
+static void serve_free(struct serve *s)
 {
     serve_end(s);
     ha_message_free(&s->request);
@@ -355,4 +355,24 @@ void answer_answers(struct serve *s, CK_RV rv, const CK_ATTRIBUTE *attributes, C
     bool answered = s->asked && ha_attributes_are_answered(rv);
     ha_put(&s->answer, answered);
     if (answered) put_attributes(s, s->asked, attributes, count);
+}
+
+/* ---- a channel ---- */
+
+/* A request for a row that there is, well formed; else the channel ends, and with it the client's trust in us. */
+static bool serve_one(struct serve *s, struct ha_line *line, void *const *functions)
+{
+    if (ha_line_hear(line, &s->request) != HA_WIRE_DONE) return false;
+    struct ha_frame frame = ha_frame_of(&s->request);
+    if (frame.row >= HA_FUNCTIONS || !serve_rows[frame.row] || !functions[frame.row]) return false;
+    if (!serve_rows[frame.row](s, functions[frame.row]) || s->answer.no_memory) return false;
+    return ha_line_answer(line, &s->answer) == HA_WIRE_DONE;
+}
+
+void serve_line(struct ha_line *line, void *const *functions)
+{
+    struct serve s;
+    if (!serve_begin(&s)) return;
+    while (serve_one(&s, line, functions)) serve_end(&s);
+    serve_free(&s);
 }
