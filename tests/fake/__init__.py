@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 ALWAYS = (1 << 64) - 1
 PIN, SO_PIN = "1234", "87654321"
 PATIENCE_S = 20.0
+ENDS = ("answers", "crashes", "exits", "exits at once", "aborts", "spins")
 # CK_FUNCTION_LIST of 2.40: all functions up to C_WaitForSlotEvent, in the order of the header.
 FUNCTIONS = p11.FUNCTIONS_2_40
 
@@ -26,17 +27,29 @@ class Rule(ctypes.Structure):
     """What is counted of a function and how it misbehaves; `struct rule`."""
 
     _fields_ = tuple(
-        (name, c_uint64) for name in ("calls", "skip", "times", "answer", "late", "sleep_us", "hold", "held")
+        (name, c_uint64)
+        for name in ("calls", "skip", "times", "answer", "late", "sleep_us", "hold", "held", "end")
     )
     calls: int
     sleep_us: int
     hold: int
     held: int
     times: int
+    end: int
+
+    def ends(self, how: str, times: int = 1) -> None:
+        """End the process, or never come back, in so many calls."""
+        self.times = self.skip = 0
+        self.end = ENDS.index(how)
+        self.times = times
+
+    def is_over(self) -> bool:
+        """Whether the calls have come that it was for."""
+        return self.times == 0
 
     def answers(self, rv: int, times: int = ALWAYS, *, skip: int = 0, late: bool = False) -> None:
         """Answer `rv` to so many calls after the next `skip` ones; `late`: after having done the work."""
-        self.times = 0
+        self.times = self.end = 0
         self.skip, self.answer, self.late = skip, rv, late
         self.times = times
 

@@ -1,6 +1,6 @@
 /*
  * A PKCS#11 library for tests that misbehaves on demand, as no real token will: it answers codes, takes its time,
- * holds calls up, and forgets sessions, logins and objects.  What reached it is counted.
+ * holds calls up, ends its process, and forgets sessions, logins and objects.  What reached it is counted.
  *
  * $FAKE_TOKENS names one file for each of its tokens, with `:` between them; slots are numbered from 0.  A file is
  * `struct token`, mapped and shared with the test, which writes the script and reads the counters in place
@@ -48,7 +48,10 @@ struct rule {
     number sleep_us; /* before each call */
     number hold;     /* while it is set, calls wait */
     number held;     /* calls that wait now */
+    number end;      /* instead of an answer: enum end, how the process ends */
 };
+
+enum end { ANSWERS, CRASHES, EXITS, EXITS_AT_ONCE, ABORTS, SPINS };
 
 struct attribute {
     uint64_t type, size;
@@ -136,6 +139,20 @@ static void wait_us(uint64_t us)
     }
 }
 
+static void come_to(enum end end)
+{
+    volatile int *volatile nowhere = NULL;
+    switch (end) {
+    case ANSWERS: return;
+    case CRASHES: *nowhere = 1; return;
+    case EXITS: exit(0);
+    case EXITS_AT_ONCE: _exit(0);
+    case ABORTS: abort();
+    case SPINS:
+        for (;;) atomic_signal_fence(memory_order_seq_cst);
+    }
+}
+
 static void follow(struct rule *rule, struct visit *visit)
 {
     rule->calls++;
@@ -151,6 +168,7 @@ static void follow(struct rule *rule, struct visit *visit)
     while (left && !atomic_compare_exchange_weak(&rule->times, &left, left - 1)) {
     }
     if (!left || visit->scripted) return;
+    come_to((enum end)rule->end);
     visit->scripted = true;
     visit->late = rule->late != 0;
     visit->answer = rule->answer;

@@ -17,6 +17,8 @@ from tests.worker.remote import Remote
 keys = ha.keys
 models = ha.models
 tokens = ha.tokens
+fake_library = ha.fake_library
+fake = ha.fake
 start = ha.start
 pair = ha.pair
 fake = ha.fake

@@ -120,20 +120,21 @@ def test_child_of_a_fork_has_workers_of_its_own(tokens: Tokens, group: GroupFact
         module,
         BUSY
         + """
-def sockets():
-    return sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
-               for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
-assert sockets() >= 4
+def held():
+    paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    links = [os.readlink(path) for path in paths if os.path.lexists(path)]
+    return [link for link in links if link.startswith(("socket:", "/memfd:")) or "pidfd" in link]
+assert sum("pidfd" in link for link in held()) == 2 and len(held()) >= 6
 pid = os.fork()
 if pid == 0:
-    left = sockets()
+    left = held()
     rv = module.rv("C_GetInfo", None)
     module.initialize()
     other = module.open(0)
     other.login("123456")
     works = len(other.random(8)) == 8
     module.finalize()
-    os._exit(0 if (left == 0 and rv == 0x190 and works) else 1)
+    os._exit(0 if (left == [] and rv == 0x190 and works) else 1)
 timed("child", lambda: os.waitpid(pid, 0)[1])
 timed("parent", lambda: len(session.random(8)))
 timed("exec", lambda: subprocess.run(["/bin/sh", "-c", "ls -l /proc/self/fd"], capture_output=True, text=True).stdout)
