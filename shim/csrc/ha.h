@@ -323,6 +323,9 @@ static inline CK_RV ha_bounded(CK_RV rv, const void *out, const CK_ULONG *length
 enum ha_message_part { HA_MESSAGE_WHOLE, HA_MESSAGE_BEGINS, HA_MESSAGE_GOES_ON, HA_MESSAGE_ENDS };
 void ha_message_taken(ha_call *call, enum ha_message_part part, const void *parameter, CK_ULONG size);
 
+/* ---- remote.c: the parameter that comes next is of this call's message, and does not say itself what it is ---- */
+void ha_message_of(const ha_call *call);
+
 /* ---- state.c ---- */
 void ha_states_forget(void);
 

@@ -54,6 +54,7 @@ struct remote {
     CK_BYTE has[HA_FUNCTIONS]; /* functions that the library has */
 };
 
+static _Thread_local CK_MECHANISM_TYPE message_mechanism; /* of the message that this thread hands on */
 static struct remote remotes[HA_MAX_REMOTES];
 static pthread_mutex_t remotes_lock = PTHREAD_MUTEX_INITIALIZER; /* of `used` */
 static unsigned last_used;
@@ -763,11 +764,42 @@ void ha_ask_answers(struct ha_exchange *x, const CK_ATTRIBUTE *attributes, CK_UL
     ask_attributes(x, attributes, count, true, 0);
 }
 
-/* What it is depends on the mechanism of the Init, and most have pointers: only none can be carried. */
+/* One of the mechanism's own may be meant, or one of a message, and both may be of one size: it is not guessed. */
+void ha_ask_message_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism)
+{
+    bool has_parameter = mechanism && mechanism->pParameter && mechanism->ulParameterLen;
+    if (has_parameter && ha_message_parameter_of(mechanism->mechanism))
+        refuse(x, CKR_MECHANISM_PARAM_INVALID);
+    else
+        ha_ask_mechanism(x, mechanism);
+}
+
+void ha_message_of(const ha_call *call)
+{
+    message_mechanism = call->session->operation[__builtin_ctz(ha_rows[call->row].ops)].mechanism.mechanism;
+}
+
+/* Of a mechanism that we do not know it may hold pointers, which cannot leave this process. */
 void ha_ask_parameter(struct ha_exchange *x, const void *parameter, CK_ULONG size)
 {
-    if (parameter && size) refuse(x, CKR_MECHANISM_PARAM_INVALID);
-    ha_put_bytes(x->message, parameter, size);
+    if (!parameter || !size) {
+        ha_put_bytes(x->message, parameter, size);
+        return;
+    }
+    const struct ha_message_parameter *layout = ha_message_parameter_of(message_mechanism);
+    if (!layout || layout->size != size) {
+        refuse(x, CKR_MECHANISM_PARAM_INVALID);
+        return;
+    }
+    x->parameter = layout;
+    ha_put(x->message, HA_SENT_PARTS);
+    ha_put(x->message, message_mechanism);
+    ha_put_bytes(x->message, parameter, size); /* with pointers in it that mean nothing there */
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        CK_ULONG length = ha_message_buffer_size(layout, k, parameter);
+        ha_put_bytes(x->message, pointer_at(parameter, layout->buffer[k].pointer), length);
+        expect(x, room_of(length));
+    }
 }
 
 void ha_ask_initialize(struct ha_exchange *x, const CK_C_INITIALIZE_ARGS *args)
@@ -856,6 +888,19 @@ void ha_take_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism)
     }
     for (unsigned k = 0; made && k < written->ivs; k++)
         ha_take_fill(x, pointer_at(made, written->iv[k]), iv_size(written, given));
+}
+
+/* What the member has not changed is not written: who decrypts may have it where nothing can be. */
+void ha_take_parameter(struct ha_exchange *x, const void *parameter)
+{
+    for (unsigned k = 0; x->parameter && k < x->parameter->buffers; k++) {
+        CK_ULONG size = ha_message_buffer_size(x->parameter, k, parameter), sent;
+        void *bytes = pointer_at(parameter, x->parameter->buffer[k].pointer);
+        const void *written = ha_get_bytes(x->message, &sent);
+        if (written ? !bytes || sent != size : x->rv == CKR_OK && bytes) x->message->broken = true;
+        if (x->message->broken) return;
+        if (written && memcmp(bytes, written, size) != 0) memcpy(bytes, written, size);
+    }
 }
 
 /* The types of a template inside an attribute are the member's to say, those of the caller's own are not. */

@@ -37,6 +37,7 @@ static void serve_end(struct serve *s)
     }
     s->blocks_size = 0;
     s->mechanism = NULL;
+    s->message = NULL;
     s->asked = NULL;
     ha_message_wipe(&s->request);
     ha_message_wipe(&s->answer);
@@ -205,6 +206,28 @@ CK_MECHANISM *serve_mechanism(struct serve *s)
     return s->request.broken ? NULL : mechanism;
 }
 
+/* The layout is that of the mechanism, which the client tells; the library knows which one is under way. */
+CK_BYTE *serve_parameter(struct serve *s, CK_ULONG *size)
+{
+    size_t at = s->request.at;
+    if (ha_get(&s->request) != HA_SENT_PARTS) {
+        s->request.at = at;
+        CK_BYTE *nothing = ha_get_bytes(&s->request, size);
+        return nothing && *size ? broken(s) : nothing;
+    }
+    const struct ha_message_parameter *layout = ha_message_parameter_of(ha_get(&s->request));
+    CK_BYTE *parameter = ha_get_bytes(&s->request, size);
+    if (!layout || !parameter || *size != layout->size) return broken(s);
+    for (unsigned k = 0; k < layout->buffers; k++) {
+        struct serve_part *part = &s->part[k];
+        part->bytes = ha_get_bytes(&s->request, &part->size);
+        if (part->size != ha_message_buffer_size(layout, k, parameter)) return broken(s);
+        set_pointer(parameter, layout->buffer[k].pointer, part->bytes);
+    }
+    s->message = layout;
+    return parameter;
+}
+
 static bool has_parts(const CK_ATTRIBUTE *attribute)
 {
     return attribute->pValue && attribute->ulValueLen && ha_attribute_has_parts(attribute->type);
@@ -333,6 +356,12 @@ void answer_mechanism(struct serve *s, CK_RV rv)
     for (unsigned k = 0; made && k < layout->made; k++) ha_put(&s->answer, number_at(made, layout->made_handle[k]));
     for (unsigned k = 0; made && k < written->ivs; k++)
         put_output(s, rv, pointer_at(made, written->iv[k]), iv_size(written, parameter), HA_WIRE_ROOM);
+}
+
+void answer_parameter(struct serve *s, CK_RV rv)
+{
+    for (unsigned k = 0; s->message && k < s->message->buffers; k++)
+        put_output(s, rv, s->part[k].bytes, s->part[k].size, s->part[k].size);
 }
 
 /* `asked` has the capacities, `attributes` what the library made of them. */

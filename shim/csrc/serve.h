@@ -13,8 +13,13 @@ struct serve {
     size_t arena_used;
     struct serve_block *blocks; /* larger pieces */
     size_t blocks_size;
-    const CK_MECHANISM *mechanism; /* of this call */
-    const CK_ATTRIBUTE *asked;     /* its attributes before the library has filled them in */
+    const CK_MECHANISM *mechanism;              /* of this call */
+    const struct ha_message_parameter *message; /* layout of the parameter of this call's message; NULL: it has none */
+    struct serve_part {
+        CK_ULONG size;
+        const CK_BYTE *bytes;
+    } part[2];                 /* its buffers */
+    const CK_ATTRIBUTE *asked; /* its attributes before the library has filled them in */
 };
 
 /* An output with its length as the library sees it; the capacity is kept beside. */
@@ -31,6 +36,7 @@ struct serve_room serve_fill(struct serve *s);
 void *serve_result(struct serve *s, size_t size);
 struct serve_room serve_list(struct serve *s, size_t element);
 CK_MECHANISM *serve_mechanism(struct serve *s);
+CK_BYTE *serve_parameter(struct serve *s, CK_ULONG *size);
 CK_ATTRIBUTE *serve_template(struct serve *s, CK_ULONG *count);
 CK_ATTRIBUTE *serve_answers(struct serve *s, CK_ULONG *count);
 CK_C_INITIALIZE_ARGS *serve_initialize(struct serve *s);
@@ -42,6 +48,7 @@ void answer_fill(struct serve *s, CK_RV rv, const struct serve_room *room);
 void answer_result(struct serve *s, CK_RV rv, const void *result, size_t size);
 void answer_list(struct serve *s, CK_RV rv, const struct serve_room *room, size_t element);
 void answer_mechanism(struct serve *s, CK_RV rv);
+void answer_parameter(struct serve *s, CK_RV rv);
 void answer_answers(struct serve *s, CK_RV rv, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 
 /* One request after the other, until the line ends or says what cannot be. */

@@ -8,7 +8,7 @@
 
 #include "wire.h"
 
-enum { WORD = sizeof(CK_ULONG) };
+enum { WORD = sizeof(CK_ULONG), LONGEST_NONCE = 24 };
 
 static size_t padded(size_t size)
 {
@@ -163,6 +163,16 @@ bool ha_attributes_are_answered(CK_RV rv)
 {
     return rv == CKR_OK || rv == CKR_ATTRIBUTE_SENSITIVE || rv == CKR_ATTRIBUTE_TYPE_INVALID ||
            rv == CKR_BUFFER_TOO_SMALL;
+}
+
+CK_ULONG ha_message_buffer_size(const struct ha_message_parameter *layout, unsigned buffer, const void *parameter)
+{
+    CK_ULONG length = layout->buffer[buffer].bytes;
+    if (length) return length;
+    memcpy(&length, (const char *)parameter + layout->buffer[buffer].length, sizeof length);
+    bool is_bits = layout->buffer[buffer].unit == HA_UNIT_BITS;
+    if (layout->buffer[buffer].unit == HA_UNIT_NONCE) is_bits = length > LONGEST_NONCE;
+    return is_bits ? length / 8 + (length % 8 != 0) : length;
 }
 
 /* ---- sockets ---- */

@@ -54,6 +54,19 @@ struct ha_written {
 };
 const struct ha_written *ha_written_by(CK_MECHANISM_TYPE type); /* generated; NULL: nothing */
 
+/* What a parameter of a message (PKCS#11 3.0) points to; `bytes` is the length where no field has it. */
+struct ha_message_parameter {
+    size_t size;
+    unsigned buffers;
+    struct {
+        size_t pointer, length;
+        CK_ULONG bytes;
+        enum { HA_UNIT_BYTES, HA_UNIT_BITS, HA_UNIT_NONCE } unit; /* of the field */
+    } buffer[2];
+};
+const struct ha_message_parameter *ha_message_parameter_of(CK_MECHANISM_TYPE type); /* generated; NULL: none known */
+CK_ULONG ha_message_buffer_size(const struct ha_message_parameter *layout, unsigned buffer, const void *parameter);
+
 void ha_message_begin(struct ha_message *message, uint32_t row, uint32_t turn);
 void ha_message_wipe(struct ha_message *message); /* and shrinks it */
 void ha_message_free(struct ha_message *message);
@@ -121,7 +134,8 @@ struct ha_exchange {
     CK_RV rv;
     uint64_t until; /* monotonic ns, 0: for ever */
     unsigned remote, row;
-    bool refused; /* rv says why nothing is sent */
+    bool refused;                                 /* rv says why nothing is sent */
+    const struct ha_message_parameter *parameter; /* of the message, if one was sent */
 };
 
 bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadline); /* HA_DEADLINE_… */
@@ -132,6 +146,7 @@ void ha_ask_fill(struct ha_exchange *x, const void *bytes, CK_ULONG size);
 void ha_ask_result(struct ha_exchange *x, const void *result, size_t size);
 void ha_ask_list(struct ha_exchange *x, const void *list, CK_ULONG capacity, size_t element);
 void ha_ask_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism);
+void ha_ask_message_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism);
 void ha_ask_template(struct ha_exchange *x, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 void ha_ask_answers(struct ha_exchange *x, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 void ha_ask_parameter(struct ha_exchange *x, const void *parameter, CK_ULONG size);
@@ -142,6 +157,7 @@ void ha_take_fill(struct ha_exchange *x, void *bytes, CK_ULONG size);
 void ha_take_result(struct ha_exchange *x, void *result, size_t size);
 void ha_take_list(struct ha_exchange *x, void *list, CK_ULONG *count, CK_ULONG capacity, size_t element);
 void ha_take_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism);
+void ha_take_parameter(struct ha_exchange *x, const void *parameter);
 void ha_take_answers(struct ha_exchange *x, CK_ATTRIBUTE *attributes, CK_ULONG count);
 CK_RV ha_asked(struct ha_exchange *x); /* the answer; the channel is free again */
 

@@ -137,6 +137,11 @@ class Arguments:
         self._kept += [gcm, mechanism]
         return [mechanism]
 
+    def _message_mechanism(self, _kind: Any) -> list[Any]:
+        mechanism = native.ffi.new("CK_MECHANISM *", {"mechanism": p11.CKM_AES_GCM})
+        self._kept.append(mechanism)
+        return [mechanism]
+
     def _template(self, _kind: Any, _count: Any) -> list[Any]:
         """Two values, and a template with two more."""
         attributes, inner = native.ffi.new("CK_ATTRIBUTE[3]"), native.ffi.new("CK_ATTRIBUTE[2]")

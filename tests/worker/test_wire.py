@@ -22,6 +22,7 @@ NAMES = (
     "C_GetAttributeValue",  # attributes that are filled in
     "C_FindObjects",  # a list with a capacity
     "C_GenerateRandom",  # an output that is filled whole
+    "C_MessageSignInit",  # a mechanism whose parameter is not carried
     "C_SignMessageNext",  # a message's parameter, and an output that need not be
     "C_WrapKey",  # a mechanism, and an output
     "C_GenerateKeyPair",  # templates, and new objects

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .functions import FUNCTIONS, Deadline, Effect, Function, Op, Phase, Role, Route
-from .mechanisms import BYTES, KEY_DERIVATION_ARRAYS, MECHANISMS, MESSAGES, PARAMETERS, Parameter
+from .mechanisms import (
+    BYTES,
+    KEY_DERIVATION_ARRAYS,
+    MECHANISMS,
+    MESSAGE_PARAMETERS,
+    MESSAGES,
+    PARAMETERS,
+    Parameter,
+)
 from .signature import Argument
 
 Prototypes = Mapping[str, Sequence[Argument]]
@@ -171,6 +179,8 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     if _may_replicate(row):
         lines += _to_the_core(row, arguments)
     lines += _keep_apart(row, arguments)
+    if row.phase is Phase.MESSAGE:
+        lines.append("    ha_message_of(&call);")
     if each:
         lines.append("    while (!call.finished && ha_call_route(&call)) {")
         lines += [f"        {line}" for line in each]
@@ -501,7 +511,8 @@ def parameters() -> str:
 
 def _message_parameters() -> str:
     cases = []
-    for mechanism, (structure, generator) in MESSAGES.items():
+    for mechanism, structure in MESSAGES.items():
+        generator = MESSAGE_PARAMETERS[structure].generator
         lines = [f"    case {mechanism}:", f"        if (size != sizeof({structure})) return false;"]
         if generator:
             lines.append(f"        generator = ((const {structure} *)parameter)->{generator};")

@@ -7,6 +7,7 @@ never repeated.  Sources: PKCS#11 2.40 to 3.2, mechanism chapters ("current mech
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 
@@ -214,11 +215,43 @@ KEY_DERIVATION_ARRAYS: dict[str, str] = {
     "CKM_SP800_108_FEEDBACK_KDF": "CK_SP800_108_FEEDBACK_KDF_PARAMS",
 }
 
-# Parameters of single messages (PKCS#11 3.0), by the mechanism of the operation: structure, and its field with the IV
-# generator, if it has one.
-MESSAGES: dict[str, tuple[str, str | None]] = {
-    "CKM_AES_GCM": ("CK_GCM_MESSAGE_PARAMS", "ivGenerator"),
-    "CKM_AES_CCM": ("CK_CCM_MESSAGE_PARAMS", "nonceGenerator"),
-    "CKM_CHACHA20_POLY1305": ("CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS", None),
-    "CKM_SALSA20_POLY1305": ("CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS", None),
+
+class Unit(enum.Enum):
+    """What a length counts."""
+
+    BYTES = "bytes"
+    BITS = "bits"
+    NONCE = "nonce"  # bytes or, above 24, bits: the standard says these, vendors count those, and no nonce is as long
+
+
+@dataclass(frozen=True)
+class Message:
+    """The parameter of a single message (PKCS#11 3.0).
+
+    `buffers`: (pointer, field with its length or the length, unit), which a member reads and writes.
+    `generator`: field with the generator of the IV.
+    """
+
+    buffers: tuple[tuple[str, str | int, Unit], ...]
+    generator: str | None = None
+
+
+MESSAGE_PARAMETERS: dict[str, Message] = {
+    "CK_GCM_MESSAGE_PARAMS": Message(
+        (("pIv", "ulIvLen", Unit.BYTES), ("pTag", "ulTagBits", Unit.BITS)), "ivGenerator"
+    ),
+    "CK_CCM_MESSAGE_PARAMS": Message(
+        (("pNonce", "ulNonceLen", Unit.BYTES), ("pMAC", "ulMACLen", Unit.BYTES)), "nonceGenerator"
+    ),
+    "CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS": Message(
+        (("pNonce", "ulNonceLen", Unit.NONCE), ("pTag", 16, Unit.BYTES))
+    ),
+}
+
+# By the mechanism of the operation.
+MESSAGES: dict[str, str] = {
+    "CKM_AES_GCM": "CK_GCM_MESSAGE_PARAMS",
+    "CKM_AES_CCM": "CK_CCM_MESSAGE_PARAMS",
+    "CKM_CHACHA20_POLY1305": "CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS",
+    "CKM_SALSA20_POLY1305": "CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS",
 }

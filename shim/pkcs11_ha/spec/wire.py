@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .emit import BANNER, Prototypes
-from .functions import FUNCTIONS, Function, Role, deadline_class
-from .mechanisms import MECHANISMS, PARAMETERS
+from .functions import FUNCTIONS, Function, Phase, Role, deadline_class
+from .mechanisms import MECHANISMS, MESSAGE_PARAMETERS, MESSAGES, PARAMETERS
 from .signature import Argument
 
 REMOTES = 32
@@ -32,6 +32,7 @@ class Item(enum.Enum):
     LIST = "list"  # a list, and its count as capacity and answer (2)
     FOUND = "found"  # a list, its capacity, where the count goes (3)
     MECHANISM = "mechanism"
+    MESSAGE_MECHANISM = "message_mechanism"  # of an operation on messages
     TEMPLATE = "template"  # attributes and their number (2)
     ANSWERS = "answers"  # the same, filled in (2)
     PARAMETER = "parameter"  # of a message, and its length (2)
@@ -62,6 +63,8 @@ _ITEM = {
     Role.RESULT_OR_NULL: Item.LIST,
 }
 
+_ON_MESSAGES = {row.ops for row in FUNCTIONS if row.phase is Phase.MESSAGE}
+
 # Where the roles, which are there for the application's mistakes, do not tell how an argument travels.
 _SPELLED = {
     "C_Initialize": "initialize",
@@ -70,6 +73,11 @@ _SPELLED = {
     "C_OpenSession": "number number nothing nothing result",  # a callback does not cross
     "C_FindObjects": "number found",
     "C_SignMessageNext": "number parameter bytes room",
+    **{
+        row.name: "number message_mechanism number"
+        for row in FUNCTIONS
+        if row.phase is Phase.INIT and row.ops in _ON_MESSAGES
+    },
 }
 
 # Never asked of a worker: the worker takes the lists, sessions are not asynchronous, slots are not waited for.
@@ -143,6 +151,8 @@ def _take(carried: Carried) -> str:
     match carried.item:
         case Item.ROOM | Item.FILL | Item.MECHANISM | Item.ANSWERS:
             return f"ha_take_{carried.item.value}(&x, {', '.join(names)});"
+        case Item.PARAMETER:
+            return f"ha_take_parameter(&x, {names[0]});"
         case Item.RESULT:
             return f"ha_take_result(&x, {names[0]}, sizeof *{names[0]});"
         case Item.LIST:
@@ -216,8 +226,10 @@ def serve(row: Function, arguments: Sequence[Argument]) -> str:  # noqa: C901 (a
                 pass_.append(names[0])
             case Item.BYTES | Item.PARAMETER:
                 take.append(f"CK_ULONG {names[1]};")
-                take.append(f"CK_BYTE *{names[0]} = serve_bytes(s, &{names[1]});")
+                take.append(f"CK_BYTE *{names[0]} = serve_{carried.item.value}(s, &{names[1]});")
                 pass_ += names
+                if carried.item is Item.PARAMETER:
+                    answer.append("answer_parameter(s, rv);")
             case Item.LABEL:
                 take.append(f"CK_ULONG size_{names[0]};")
                 take.append(f"CK_BYTE *{names[0]} = serve_bytes(s, &size_{names[0]});")
@@ -242,10 +254,11 @@ def serve(row: Function, arguments: Sequence[Argument]) -> str:  # noqa: C901 (a
                 capacity = [f"{names[0]}.capacity"] if carried.item is Item.FOUND else []
                 pass_ += [f"(void *){names[0]}.bytes", *capacity, f"&{names[0]}.length"]
                 answer.append(f"answer_list(s, rv, &{names[0]}, {element});")
-            case Item.MECHANISM:
+            case Item.MECHANISM | Item.MESSAGE_MECHANISM:
                 take.append(f"CK_MECHANISM *{names[0]} = serve_mechanism(s);")
                 pass_.append(names[0])
-                answer.append("answer_mechanism(s, rv);")
+                if carried.item is Item.MECHANISM:
+                    answer.append("answer_mechanism(s, rv);")
             case Item.TEMPLATE | Item.ANSWERS:
                 take.append(f"CK_ULONG {names[1]};")
                 take.append(f"CK_ATTRIBUTE *{names[0]} = serve_{carried.item.value}(s, &{names[1]});")
@@ -317,6 +330,27 @@ def _written(name: str) -> str:
     return ", ".join(fields)
 
 
+def _message_parameters() -> str:
+    cases = []
+    for name, message in MESSAGE_PARAMETERS.items():
+        buffers = []
+        for pointer, length, unit in message.buffers:
+            size = (
+                f".bytes = {length}" if isinstance(length, int) else f".length = offsetof({name}, {length})"
+            )
+            buffers.append(f"{{.pointer = offsetof({name}, {pointer}), {size}, .unit = HA_UNIT_{unit.name}}}")
+        labels = "\n".join(f"    case {m}:" for m, structure in MESSAGES.items() if structure == name)
+        cases.append(
+            f"{labels} {{\n        static const struct ha_message_parameter parameter = {{sizeof({name}),"
+            f" {len(buffers)}, {{{', '.join(buffers)}}}}};\n        return &parameter;\n    }}"
+        )
+    return (
+        "const struct ha_message_parameter *ha_message_parameter_of(CK_MECHANISM_TYPE type)\n{\n    switch (type) {\n"
+        + "\n".join(cases)
+        + "\n    default: return NULL;\n    }\n}\n\n"
+    )
+
+
 def common(prototypes: Prototypes, constants: Mapping[str, int]) -> str:
     """wire.gen.c: what is written through parameters, which attributes hold others, and the version of it all."""
     cases = []
@@ -334,7 +368,8 @@ def common(prototypes: Prototypes, constants: Mapping[str, int]) -> str:
     text = (
         "const struct ha_written *ha_written_by(CK_MECHANISM_TYPE type)\n{\n    switch (type) {\n"
         + "\n".join(cases) + "\n    default: return NULL;\n    }\n}\n\n"
-        "bool ha_attribute_has_parts(CK_ATTRIBUTE_TYPE type)\n{\n    switch (type) {\n"
+        + _message_parameters()
+        + "bool ha_attribute_has_parts(CK_ATTRIBUTE_TYPE type)\n{\n    switch (type) {\n"
         + "\n".join(f"    case {name}:" for name in templates)
         + "\n        return true;\n    default: return false;\n    }\n}\n\n"
         "bool ha_attribute_is_carried(CK_ATTRIBUTE_TYPE type)\n{\n    switch (type) {\n"
