@@ -91,7 +91,8 @@ static inline void keep(struct ha_operation *operation, const ha_call *call, con
     operation->key = row->bad_object[0] ? call->object[0] : CK_INVALID_HANDLE;
     operation->mechanism = *call->mechanism;
     operation->kept = !operation->mechanism.pParameter || !operation->mechanism.ulParameterLen;
-    if (!operation->kept) ha_mechanism_keep(operation);
+    /* Of a message's Init it may be of another layout than the mechanism's own: nobody knows. */
+    if (!operation->kept && !(row->ops & HA_MESSAGE_OPS)) ha_mechanism_keep(operation);
 }
 
 static RARE bool takes_arguments(ha_call *call, const struct ha_row *row)

@@ -226,11 +226,12 @@ def test_who_does_not_greet_is_not_waited_for_long(peer: Peer, remote: Remote) -
         ("C_Initialize", [None]),
         ("C_CloseSession", [1]),
         ("C_DigestUpdate", [1, b"data", 4]),
+        ("C_Login", [1, 1, None, 0]),
         ("C_Login", [1, 1, b"1234", 4]),
     ],
 )
 def test_late_answer_is_none(peer: Peer, remote: Remote, name: str, arguments: list[Any]) -> None:
-    """How late is late, the class of the function says."""
+    """How late is late, the class of the function says; a PIN that is given waits for nobody at the device."""
     given_up = threading.Event()
 
     def later(request: bytes) -> bytes:
@@ -241,7 +242,7 @@ def test_late_answer_is_none(peer: Peer, remote: Remote, name: str, arguments: l
         given_up.wait(20)
         return later(request)
 
-    own = deadline_class(FUNCTIONS[INDEX[name]])
+    own = Deadline.CRYPTOGRAPHY if b"1234" in arguments else deadline_class(FUNCTIONS[INDEX[name]])
     given = [native.ffi.NULL if each is None else each for each in arguments]
     peer.answer = later
     remote.connect(peer.path, **{each.value: 200 for each in Deadline if each not in (own, Deadline.CONNECT)})

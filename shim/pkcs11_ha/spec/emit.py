@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -409,6 +411,10 @@ def _how_many(version: str) -> int:
     return sum(_VERSIONS.index(row.since) <= _VERSIONS.index(version) for row in FUNCTIONS)
 
 
+def _message_ops() -> int:
+    return int(functools.reduce(operator.or_, (row.ops for row in FUNCTIONS if row.phase is Phase.MESSAGE)))
+
+
 def functions_header(prototypes: Prototypes) -> str:
     """functions.gen.h: row numbers, operation slots, and the lists that C needs as macros."""
     numbers = "\n".join(f"    FN_{row.name}," for row in FUNCTIONS)
@@ -427,7 +433,8 @@ def functions_header(prototypes: Prototypes) -> str:
     return (
         BANNER + "#ifndef PKCS11_HA_FUNCTIONS_GEN_H\n#define PKCS11_HA_FUNCTIONS_GEN_H\n\n"
         f"enum {{\n{numbers}\n    HA_FUNCTIONS\n}};\n\n"
-        f"enum {{\n{counts}\n    HA_OPS = {len(OPERATIONS)},\n    HA_ROW_OBJECTS = {objects}\n}};\n\n"
+        f"enum {{\n{counts}\n    HA_OPS = {len(OPERATIONS)},\n    HA_MESSAGE_OPS = {_message_ops()},\n"
+        f"    HA_ROW_OBJECTS = {objects}\n}};\n\n"
         f"enum {{ {phases} }};\n\n"
         f"enum {{ {deadlines}, HA_DEADLINES }}; /* how patient a member's caller is */\n\n"
         "struct ha_row {\n    uint32_t ops;\n    uint8_t phase;\n    bool primary, gathers, keep;\n"

@@ -272,7 +272,7 @@ def deadline_class(row: Function) -> Deadline:
     if row.name == "C_Initialize":
         return Deadline.CONNECT
     # Keys from nothing.  And a PIN may be a person's at the device (CKF_PROTECTED_AUTHENTICATION_PATH), who is looked
-    # for first; C_InitToken erases a token.
+    # for first; C_InitToken erases a token.  For a PIN that is given the stubs have less patience: `wire.stub`.
     is_generated = (
         row.effect is Effect.CREATE and Role.MECHANISM in row.roles and Role.OBJECT not in row.roles
     )

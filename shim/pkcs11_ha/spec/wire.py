@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .emit import BANNER, Prototypes
-from .functions import FUNCTIONS, Function, Phase, Role, deadline_class
+from .functions import FUNCTIONS, Deadline, Function, Phase, Role, deadline_class
 from .mechanisms import MECHANISMS, MESSAGE_PARAMETERS, MESSAGES, PARAMETERS
 from .signature import Argument
 
@@ -168,10 +168,16 @@ def _parameters(arguments: Sequence[Argument]) -> str:
     return ", ".join(f"{a.type} {a.name}" for a in arguments)
 
 
+# A PIN that is given waits for no person; without one the device asks for it.
+_WITH_A_PIN = ("C_Login", "C_LoginUser", "C_InitPIN")
+
+
 def stub(row: Function, arguments: Sequence[Argument]) -> str:
     """The function that all remotes' stubs of a row share."""
     carried = list(items(row, arguments))
     deadline = f"HA_DEADLINE_{deadline_class(row).name}"
+    if row.name in _WITH_A_PIN:
+        deadline = f"pPin ? HA_DEADLINE_{Deadline.CRYPTOGRAPHY.name} : {deadline}"
     asks = [f"        {line}\n" for line in map(_ask, carried) if line]
     takes = [f"            {line}\n" for line in map(_take, carried) if line]
     answer = (
