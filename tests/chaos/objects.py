@@ -40,6 +40,9 @@ KINDS = {
     "data": Kind(p11.CKO_DATA),
     "certificate": Kind(p11.CKO_CERTIFICATE),
     "aes": Kind(p11.CKO_SECRET_KEY, p11.CKK_AES, _CIPHER, ("CKA_ENCRYPT", "CKA_DECRYPT"), secret=True),
+    "hmac": Kind(
+        p11.CKO_SECRET_KEY, p11.CKK_GENERIC_SECRET, _CIPHER, ("CKA_SIGN", "CKA_VERIFY"), secret=True
+    ),
     "ec": Kind(p11.CKO_PRIVATE_KEY, p11.CKK_EC, _PRIVATE, ("CKA_SIGN", "CKA_DERIVE"), secret=True),
     "ec public": Kind(p11.CKO_PUBLIC_KEY, p11.CKK_EC, _PUBLIC, ("CKA_VERIFY",)),
     "rsa": Kind(p11.CKO_PRIVATE_KEY, p11.CKK_RSA, _PRIVATE, ("CKA_DECRYPT", "CKA_SIGN"), secret=True),
@@ -231,6 +234,8 @@ def proof(session: p11.Session, handle: int, kind: str) -> bytes:
             return session.get(handle, p11.CKA_VALUE)[0]
         case "aes":
             return session.encrypt(p11.CKM_AES_ECB, handle, BLOCK)
+        case "hmac":
+            return session.sign(p11.CKM_SHA256_HMAC, handle, BLOCK)
         case "ec":
             return _agreed_secret(session, handle)
         case "ec public":

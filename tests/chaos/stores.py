@@ -64,14 +64,15 @@ def complaints(
     model: Model, stores: Sequence[Store], proofs: Mapping[str, str], signatures: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """`proofs` and `signatures`, by material, are what clients have seen; the model settles on what is held."""
-    wrong = [f"{store.name}: {each}" for store in stores for each in _half_done(store)]
+    wrong = [f"{store.name}: {each}" for store in stores for each in half_done(store)]
     wrong += _differences(stores)
     wrong += [f"{stores[0].name}: {each}" for each in model.settle(stores[0].things)]
     materials = {thing: thing.material for thing in model.possible()}
     return wrong + _false_keys(model, stores, proofs) + _false_pairs(materials, stores, signatures)
 
 
-def _half_done(store: Store) -> list[str]:
+def half_done(store: Store) -> list[str]:
+    """Objects that are there twice, and what a write has left under way."""
     wrong = [f"{count} of {thing}" for thing, count in Counter(store.things).items() if count > 1]
     for hidden in store.hidden:
         if hidden.object_class == p11.CKO_DATA:
