@@ -4,6 +4,8 @@ PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
 CHAOS ?= 2000
+CHAOS_OPERATIONS ?= 1000000
+CHAOS_SEED ?=
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
@@ -66,7 +68,8 @@ tsan: setup ## the tests with ThreadSanitizer
 fuzz: ## not there yet
 	@echo 'make fuzz: there is no fuzzing yet' >&2; exit 1
 
-chaos: setup build ## 2,000 random histories of writes, deaths and crashes against a model; CHAOS=100 for fewer
+chaos: setup build ## a million operations while members die, and 2,000 histories of writes; CHAOS=100 CHAOS_OPERATIONS=10000 for fewer
+	$(BIN)/python -m tests.soak --operations $(CHAOS_OPERATIONS) --seconds 1800 $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) --keep build/soak
 	P11HA_CHAOS=$(CHAOS) $(BIN)/pytest -s tests/chaos
 
 install: ## what was built into PREFIX (/usr/local), below DESTDIR if given
