@@ -27,6 +27,16 @@ static bool reserve(struct handles *list, size_t more)
     return true;
 }
 
+/* Then it shows the public objects alone, with CKR_OK: nobody could tell that from a key that is not there. */
+static bool has_forgotten_the_login(const ha_call *call)
+{
+    CK_SESSION_INFO info;
+    CK_C_GetSessionInfo ask = (CK_C_GetSessionInfo)call->target->functions[FN_C_GetSessionInfo];
+    if (atomic_load(&call->slot->login) == CK_UNAVAILABLE_INFORMATION || !ask) return false;
+    if (ask(call->member_session, &info) != CKR_OK) return false;
+    return info.state == CKS_RO_PUBLIC_SESSION || info.state == CKS_RW_PUBLIC_SESSION;
+}
+
 /* All that one member finds, by its handles. */
 static CK_RV find_on_member(ha_call *call, CK_ATTRIBUTE *template, CK_ULONG count, struct handles *found)
 {
@@ -47,6 +57,7 @@ static CK_RV find_on_member(ha_call *call, CK_ATTRIBUTE *template, CK_ULONG coun
         if (rv == CKR_OK) found->count += got;
     } while (rv == CKR_OK && got);
     CK_RV ended = final(call->member_session);
+    if (rv == CKR_OK && ended == CKR_OK && has_forgotten_the_login(call)) return CKR_USER_NOT_LOGGED_IN;
     return rv != CKR_OK ? rv : ended;
 }
 

@@ -613,6 +613,15 @@ def test_search_that_fails_on_one_member_is_answered_by_the_other(two: Two, name
     assert two.app.away() == {"east"}
 
 
+def test_search_after_all_members_forgot_the_login_still_shows_what_is_private(two: Two) -> None:
+    """Tokens find the public objects alone then, with CKR_OK."""
+    for token in (two.east, two.west):
+        token.shared.forget_login += 1
+    assert two.session.find({p11.CKA_LABEL: "signing"}) == [two.key]
+    assert two.session.find({}) == [two.key]
+    assert two.calls("C_Login") == (2, 2)
+
+
 def test_search_that_fails_alike_everywhere_is_the_application_s_answer(two: Two) -> None:
     for token in (two.east, two.west):
         token["C_FindObjectsInit"].answers(p11.CKR_GENERAL_ERROR)

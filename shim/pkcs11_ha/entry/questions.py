@@ -103,7 +103,12 @@ def _new_session(call: Any, slot: VirtualSlot, member: Member) -> int:
 
 
 def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
-    """The member forgot the login; its PIN was right before.  A refusal now stops all further tries."""
+    """The member forgot the login; its PIN was right before.  A refusal now stops all further tries.
+
+    Where the group keeps its objects everywhere, it may have missed some since: it is taken in as one that returns.
+    """
+    if slot.replication is not None and not _is_logged_in(slot, member):
+        return _new_library(call, slot, member)
     with slot.login_lock:
         if member.state is not MemberState.UP or member.epoch != call.epoch:
             return _again(call)  # another caller has met it, and been refused or not
@@ -119,6 +124,17 @@ def _new_login(call: Any, slot: VirtualSlot, member: Member) -> int:
             current().lose(member, error.rv, "C_Login", int(call.epoch))
             call.tried |= 1 << call.member
     return _again(call)
+
+
+def _is_logged_in(slot: VirtualSlot, member: Member) -> bool:
+    """Whether it is as it should be: also where the application has just logged out."""
+    with slot.login_lock:
+        if slot.user == NOBODY:
+            return True
+        try:
+            return member.is_logged_in()
+        except ConnectError:
+            return False
 
 
 def _with_login(call: Any, slot: VirtualSlot, member: Member) -> int:

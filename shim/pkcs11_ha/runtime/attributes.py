@@ -188,7 +188,11 @@ def _ulong(values: dict[int, bytes], number: int) -> int:
 
 
 def find(member: Member, session: int, wanted: Mapping[int, bytes]) -> list[int]:
-    """Handles of all objects that match; raises CkError."""
+    """Handles of all objects that match; raises CkError.
+
+    Of a token that has forgotten its login they would be the public ones alone, with CKR_OK (PKCS#11 5.7.7): what is
+    not among them would be taken for destroyed.
+    """
     asked = Filled(wanted)
     native.check(member.call("C_FindObjectsInit", session, asked.array, asked.count), "finding", member)
     found: list[int] = []
@@ -198,6 +202,12 @@ def find(member: Member, session: int, wanted: Mapping[int, bytes]) -> list[int]
             native.check(member.call("C_FindObjects", session, handles, 256, count), "finding", member)
             found += [int(handles[i]) for i in range(count[0])]
             if not count[0]:
-                return found
+                break
     finally:
         member.call("C_FindObjectsFinal", session)
+    if member.logins:
+        info = native.ffi.new("CK_SESSION_INFO *")
+        native.check(member.call("C_GetSessionInfo", session, info), "finding", member)
+        if info.state in (ck.CKS_RO_PUBLIC_SESSION, ck.CKS_RW_PUBLIC_SESSION) and member.logins:
+            raise CkError(ck.CKR_USER_NOT_LOGGED_IN, "finding", member)
+    return found

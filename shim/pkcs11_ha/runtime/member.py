@@ -312,6 +312,13 @@ class Member:
                 rv = self.call("C_GetSessionInfo", self.session, info)
         return rv != ck.CKR_OK or info.state not in (ck.CKS_RO_PUBLIC_SESSION, ck.CKS_RW_PUBLIC_SESSION)
 
+    def keeps_login(self) -> bool:
+        """Whether it is logged in if it is said to be: with the login it forgets its handles of what is private."""
+        try:
+            return not self.logins or self.is_logged_in()
+        except ConnectError:
+            return False
+
     def depart(self) -> None:
         """Closes what the core has opened in a library that is not ours to finalise."""
         self.call("C_CloseSession", self.session)

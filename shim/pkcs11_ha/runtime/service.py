@@ -54,7 +54,7 @@ def judged(member: Member, rv: int, call: str) -> MemberFault | Refused:
     """What an answer that is not CKR_OK means for the member that gave it."""
     code = member.code(rv)
     gone = code in (Code.DEAD, Code.LIBRARY, Code.SESSION, Code.LOGIN)
-    if gone or (code is Code.SUSPECT and not member.probe()):
+    if gone or (code in (Code.SUSPECT, Code.HANDLE) and not (member.probe() and member.keeps_login())):
         return MemberFault(member, rv, call)
     return Refused(member, rv, call)
 
