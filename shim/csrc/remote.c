@@ -919,6 +919,8 @@ static void take_attributes(struct ha_exchange *x, CK_ATTRIBUTE *attributes, CK_
             x->message->broken = true;
         else if (!parts && attribute->pValue && length <= capacity && sent != length)
             x->message->broken = true;
+        else if (x->rv == CKR_OK && attribute->pValue && length > capacity && length != CK_UNAVAILABLE_INFORMATION)
+            x->message->broken = true; /* the caller would read as much */
         if (x->message->broken) return;
         if (inside) attribute->type = type;
         attribute->ulValueLen = length;

@@ -193,6 +193,15 @@ def test_any_answer_at_all(peer: Peer, remote: Remote) -> None:
         arguments.check_guards()
 
 
+def test_an_attribute_that_is_there_fits_into_its_room(peer: Peer, remote: Remote) -> None:
+    """CKR_OK and a length beyond the buffer: the application would read on behind it."""
+    peer.answer = lambda request: frame(request, words(0, 1, TEXT, 21, TEXT, 21, TEMPLATE, 49))
+    remote.connect(peer.path)
+    arguments = Arguments("C_GetAttributeValue")
+    assert remote.call("C_GetAttributeValue", *arguments.given) == "CKR_DEVICE_ERROR"
+    assert all(attribute.ulValueLen <= 48 for attribute in arguments.given[2][0:3])
+
+
 @pytest.mark.parametrize(
     ("hello", "says"),
     [
