@@ -135,6 +135,20 @@ def test_login_that_a_member_stumbles_over_is_tried_again_there(
     assert tries(*three) == [1, 1, 1]
 
 
+def test_login_on_a_member_without_a_session_left_says_so(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    """It forgot the core's own session, and opens no other."""
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    three[0].shared.forget_sessions += 1
+    three[0]["C_OpenSession"].answers(p11.CKR_SESSION_COUNT)
+    assert code(lambda: session.login(PIN)) == "CKR_SESSION_COUNT"
+    three[0]["C_OpenSession"].works()
+    session.login(PIN)
+    assert tries(*three) == [1, 1, 1]
+
+
 def test_pin_that_was_changed_elsewhere_costs_a_returning_member_one_try(
     three: list[FakeToken], start: StartFactory
 ) -> None:

@@ -159,7 +159,10 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
             return
     for member in candidates:
         epoch = member.epoch
-        rv = login_member(member, user, pin)
+        try:
+            rv = login_member(member, user, pin)
+        except ConnectError as error:  # it has no session left for it
+            rv = error.rv
         if rv == ck.CKR_OK:
             member.logins.add(slot.id)
             return
