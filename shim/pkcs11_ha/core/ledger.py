@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 from pkcs11_ha.core.identity import Name
+
+T = TypeVar("T")
 
 _FORMAT = 1
 
@@ -139,6 +141,9 @@ def _plain_name(name: Name) -> list[int | str | None]:
 
 def _name(plain: list[Any]) -> Name:
     object_class, kind, *texts = plain
+    for number in (object_class, kind):
+        if number is not None:
+            _is(number, int)
     return Name(object_class, kind, *(base64.b64decode(text) for text in texts))
 
 
@@ -153,27 +158,40 @@ def decode(value: bytes) -> Entry:
         if plain["format"] != _FORMAT:
             raise LedgerError(f"a ledger entry of format {plain['format']}: written by a later version")
         return _entry(plain)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise LedgerError(f"a ledger entry cannot be read: {type(error).__name__}") from None
+
+
+def _is(value: Any, kind: type[T]) -> T:
+    """The value, which must be of this very type: True is no number.  Raises TypeError."""
+    if type(value) is not kind:
+        raise TypeError(kind.__name__)
+    return value
+
+
+def _wrapped(generation: Any, form: Any, blob: Any, size: Any) -> Wrapped:
+    return Wrapped(_is(generation, int), _is(form, str), base64.b64decode(blob), _is(size, int))
+
+
+def _owner(host: Any, pid: Any, start: Any, nonce: Any) -> Owner:
+    return Owner(_is(host, str), _is(pid, int), _is(start, int), _is(nonce, str))
 
 
 def _entry(plain: Mapping[str, Any]) -> Entry:
     wrapped, owner = plain.get("wrapped"), plain.get("owner")
     return Entry(
-        uid=plain["uid"],
-        version=plain["version"],
-        alive=plain["alive"],
+        uid=_is(plain["uid"], str),
+        version=_is(plain["version"], int),
+        alive=_is(plain["alive"], bool),
         name=_name(plain["name"]),
         former=tuple(_name(each) for each in plain.get("former", ())),
         fingerprint=base64.b64decode(plain["fingerprint"]) if "fingerprint" in plain else None,
         evidence=base64.b64decode(plain["evidence"]) if "evidence" in plain else None,
-        wrapped=Wrapped(wrapped[0], wrapped[1], base64.b64decode(wrapped[2]), wrapped[3])
-        if wrapped
-        else None,
+        wrapped=_wrapped(*wrapped) if wrapped else None,
         change={int(n): base64.b64decode(v) for n, v in plain.get("change", {}).items()},
-        owed=frozenset(plain.get("owed", ())),
-        foreign=plain.get("foreign", False),
-        owner=Owner(*owner) if owner else None,
+        owed=frozenset(_is(member, str) for member in plain.get("owed", ())),
+        foreign=_is(plain.get("foreign", False), bool),
+        owner=_owner(*owner) if owner else None,
         together=tuple(_entry(other) for other in plain.get("together", ())),
     )
 
