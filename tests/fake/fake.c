@@ -4,7 +4,8 @@
  *
  * $FAKE_TOKENS names one file for each of its tokens, with `:` between them; slots are numbered from 0.  A file is
  * `struct token`, mapped and shared with the test, which writes the script and reads the counters in place
- * (tests/fake/__init__.py has the same layout).  It also holds the token's objects, which so outlive the library.
+ * (fake.h; tests/fake/__init__.py has the same layout).  It also holds the token's objects, which so outlive the
+ * library.
  *
  * Its cryptography is a toy that hides nothing: a tag is FNV-1a of key, mechanism and data, so tokens with the same
  * key agree on it and those with different keys do not.  Numbers are a trap for who keeps them: object handles are
@@ -13,13 +14,13 @@
  * It is for what no real token does or lets a test see: handles that trap, objects that are memory, counts of PIN tries.
  * Where a real token with faults will do, tests/fault wraps one, with all its functions and any script.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 
 #include <fcntl.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -27,59 +28,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "pkcs11.h"
+#include "fake.h"
 
 #define FUNCTION_NUMBER(name, args) FN_##name,
-enum { CK_FUNCTIONS_2_40(FUNCTION_NUMBER) FUNCTIONS };
+enum { CK_FUNCTIONS_2_40(FUNCTION_NUMBER) };
 
 enum { WAIT_US = 500, MOST_WAITS = 60000 }; /* 30 s: a test that fails must end, too */
-enum { OBJECTS = 64, ATTRIBUTES = 24, VALUE = 256, SESSIONS = 256, TOKENS = 8, TAG = 32, PIN_TRIES = 3 };
-
-/* ---- what the test sees: numbers of 64 bits, and text that ends with NUL ---- */
-
-typedef _Atomic uint64_t number;
-
-struct rule {
-    number calls;    /* that reached this function, whatever came of them */
-    number skip;     /* so many calls more work as usual before `answer` holds */
-    number times;    /* for so many calls; each takes one off */
-    number answer;   /* said instead of doing the work */
-    number late;     /* or after having done it all the same */
-    number sleep_us; /* before each call */
-    number hold;     /* while it is set, calls wait */
-    number held;     /* calls that wait now */
-    number end;      /* instead of an answer: enum end, how the process ends */
-};
-
-enum end { ANSWERS, CRASHES, EXITS, EXITS_AT_ONCE, ABORTS, SPINS };
-
-struct attribute {
-    uint64_t type, size;
-    uint8_t value[VALUE];
-};
-
-struct object {
-    uint64_t used, session /* 0: a token object */, count;
-    struct attribute attribute[ATTRIBUTES];
-};
-
-struct token {
-    char label[32], serial[16], pin[32], so_pin[32];
-    number absent;          /* pulled out of its slot: its sessions are gone */
-    number flags;           /* besides those that every token has */
-    number mechanisms;      /* so many of those it could offer it offers */
-    number most_sessions;   /* CKR_SESSION_COUNT beyond */
-    number pin_tries;       /* comparisons with the PIN or the SO's */
-    number pin_failures;    /* since it was last right; PIN_TRIES of them lock it */
-    number forget_sessions; /* raise it: sessions that are open are known no more */
-    number forget_login;    /* raise it: nobody is logged in any more */
-    number forget_library;  /* raise it: as if somebody had called C_Finalize */
-    number starts;          /* C_Initialize that worked */
-    number sessions;        /* open now */
-    struct rule every;      /* counts and rules all but C_Initialize and C_Finalize */
-    struct rule rule[FUNCTIONS];
-    struct object object[OBJECTS];
-};
+enum { SESSIONS = 256, TOKENS = 8, TAG = 32, PIN_TRIES = 3 };
 
 /* ---- what is this library's own ---- */
 
@@ -124,6 +79,11 @@ static const struct {
     {CKM_GENERIC_SECRET_KEY_GEN, CKF_GENERATE},
 };
 enum { MECHANISMS = sizeof mechanisms / sizeof *mechanisms };
+
+static unsigned mechanism_count(const struct token *token)
+{
+    return token->mechanisms < MECHANISMS ? (unsigned)token->mechanisms : MECHANISMS;
+}
 
 /* ---- the script ---- */
 
@@ -306,10 +266,17 @@ static struct object *find_object(const struct session *session, CK_OBJECT_HANDL
     return NULL;
 }
 
+/* Its value is full of pointers of the caller's, which a file cannot keep. */
+static bool has_parts(CK_ATTRIBUTE_TYPE type)
+{
+    return type == CKA_WRAP_TEMPLATE || type == CKA_UNWRAP_TEMPLATE || type == CKA_DERIVE_TEMPLATE ||
+           type == CKA_ENCAPSULATE_TEMPLATE || type == CKA_DECAPSULATE_TEMPLATE;
+}
+
 static CK_RV set_attribute(struct object *object, CK_ATTRIBUTE_TYPE type, const void *value, CK_ULONG size)
 {
     struct attribute *attribute = (struct attribute *)(uintptr_t)attribute_of(object, type);
-    if (size > VALUE) return CKR_ATTRIBUTE_VALUE_INVALID;
+    if (size > VALUE || (size && (!value || has_parts(type)))) return CKR_ATTRIBUTE_VALUE_INVALID;
     if (!attribute) {
         if (object->count == ATTRIBUTES) return CKR_DEVICE_MEMORY;
         attribute = &object->attribute[object->count++];
@@ -400,9 +367,9 @@ static CK_RV begin(CK_SESSION_HANDLE handle, CK_MECHANISM_PTR mechanism, CK_OBJE
         return CKR_OK;
     }
     if (session->operation[op].active) return CKR_OPERATION_ACTIVE;
-    unsigned m = 0;
-    while (m < tokens[session->slot]->mechanisms && mechanisms[m].type != mechanism->mechanism) m++;
-    if (m == tokens[session->slot]->mechanisms || !(mechanisms[m].flags & needed[op])) return CKR_MECHANISM_INVALID;
+    unsigned m = 0, count = mechanism_count(tokens[session->slot]);
+    while (m < count && mechanisms[m].type != mechanism->mechanism) m++;
+    if (m == count || !(mechanisms[m].flags & needed[op])) return CKR_MECHANISM_INVALID;
     if (op != OP_DIGEST && !(object = find_object(session, key))) return CKR_KEY_HANDLE_INVALID;
     start(&session->operation[op], mechanism->mechanism, object);
     return CKR_OK;
@@ -460,9 +427,13 @@ static CK_RV run_cipher(CK_SESSION_HANDLE handle, unsigned op, CK_BYTE_PTR data,
 /* What was mapped before stays: a call that was held may still look at it. */
 static CK_RV map_tokens(void)
 {
+    static char *mapped;
     struct stat status;
-    token_count = 0;
     const char *list = getenv("FAKE_TOKENS");
+    if (mapped && list && strcmp(mapped, list) == 0) return CKR_OK;
+    free(mapped);
+    mapped = NULL;
+    token_count = 0;
     char *paths = strdup(list ? list : ""), *rest = paths;
     if (!paths) return CKR_HOST_MEMORY;
     for (char *path; token_count < TOKENS && (path = strsep(&rest, ":")) && *path;) {
@@ -477,6 +448,7 @@ static CK_RV map_tokens(void)
         tokens[token_count++] = map;
     }
     free(paths);
+    mapped = strdup(list ? list : "");
     return CKR_OK;
 }
 
@@ -604,7 +576,7 @@ static CK_RV do_C_GetMechanismList(CK_SLOT_ID slot, CK_MECHANISM_TYPE_PTR list, 
     struct token *token;
     CK_RV rv = find_token(slot, &token);
     if (rv != CKR_OK) return rv;
-    CK_ULONG room = *count, n = token->mechanisms < MECHANISMS ? token->mechanisms : MECHANISMS;
+    CK_ULONG room = *count, n = mechanism_count(token);
     *count = n;
     if (!list) return CKR_OK;
     if (room < n) return CKR_BUFFER_TOO_SMALL;
@@ -617,7 +589,7 @@ static CK_RV do_C_GetMechanismInfo(CK_SLOT_ID slot, CK_MECHANISM_TYPE type, CK_M
     struct token *token;
     CK_RV rv = find_token(slot, &token);
     if (rv != CKR_OK) return rv;
-    for (unsigned m = 0; m < token->mechanisms && m < MECHANISMS; m++)
+    for (unsigned m = 0; m < mechanism_count(token); m++)
         if (mechanisms[m].type == type) {
             *info = (CK_MECHANISM_INFO){1, 4096, mechanisms[m].flags};
             return CKR_OK;
@@ -1069,7 +1041,7 @@ static CK_FUNCTION_LIST list = {
 };
 /* clang-format on */
 
-CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR functions)
+__attribute__((visibility("default"))) CK_RV C_GetFunctionList(CK_FUNCTION_LIST_PTR_PTR functions)
 {
     *functions = &list;
     return CKR_OK;
