@@ -6,6 +6,7 @@ DESTDIR ?=
 CHAOS ?= 2000
 CHAOS_OPERATIONS ?= 1000000
 CHAOS_SEED ?=
+FUZZ_SECONDS ?= 60
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
@@ -65,8 +66,9 @@ tsan: setup ## the tests with ThreadSanitizer
 	PKCS11_HA_MODULE=$(CURDIR)/build/tsan/libpkcs11-ha.so LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
 	    TSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest
 
-fuzz: ## not there yet
-	@echo 'make fuzz: there is no fuzzing yet' >&2; exit 1
+fuzz: setup ## libFuzzer on the boundary and the worker protocol; FUZZ_SECONDS=600 for longer than a minute each
+	$(BIN)/python build.py --sanitize=fuzzer
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m tests.fuzz.run
 
 chaos: setup build ## a million operations while members die, and 2,000 histories of writes; CHAOS=100 CHAOS_OPERATIONS=10000 for fewer
 	$(BIN)/python -m tests.soak --operations $(CHAOS_OPERATIONS) --seconds 1800 $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) --keep build/soak

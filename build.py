@@ -26,10 +26,11 @@ SHIM = ROOT / "shim"
 CSRC = SHIM / "csrc"
 WORKER = SHIM / "worker"
 FAULT = ROOT / "tests" / "fault"
+FUZZ = ROOT / "tests" / "fuzz"
 sys.path.insert(0, str(SHIM))
 
 from pkcs11_ha import __version__  # noqa: E402
-from pkcs11_ha.spec import emit, fault, signature, wire  # noqa: E402
+from pkcs11_ha.spec import emit, fault, fuzz, signature, wire  # noqa: E402
 
 MODULE = "_pkcs11_ha"  # the cffi module inside the library
 # Whatever the core raises here is one line: cffi would print a traceback into the host's stderr.
@@ -96,6 +97,8 @@ def emit_all(out: Path, paths: Sequence[str], worker: Path) -> None:
     write(out / "serve.gen.c", wire.served(prototypes))
     write(out / "fault.gen.c", fault.wrappers(prototypes, constants))
     write(out / "fault.map", fault.exports())
+    write(out / "callers.gen.c", fuzz.callers(prototypes, constants))
+    write(out / "vendor.gen.c", fuzz.vendor(prototypes))
     names = ", ".join(f'"{name}"' for name in emit.upcall_names(prototypes))
     write(
         SHIM / "pkcs11_ha" / "ck.py",
@@ -142,6 +145,16 @@ def write_cffi_module(out: Path, declarations: str, source: str) -> None:
     fresh.unlink()
 
 
+def compiler(sanitize: str) -> list[str]:
+    """The compiler and how it optimises; libFuzzer is clang's, which does not tell that it sanitizes."""
+    if sanitize == "fuzzer":
+        how = "-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -D__SANITIZE_ADDRESS__=1"
+        return ["clang", "-O1", *how.split(), "-fno-omit-frame-pointer"]
+    if sanitize:
+        return ["cc", "-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
+    return ["cc", "-O2", "-flto=auto"]
+
+
 # Of the library's sources, those that the worker is made of too.
 SHARED = ("wire.c", "line.c", "serve.c", "library.c", "wire.gen.c", "parameters.gen.c", "serve.gen.c")
 
@@ -150,40 +163,70 @@ def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path], list[
     """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge): library, worker, faults."""
     include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{WORKER}", f"-I{FAULT}", f"-I{out}"]
     include.append(f"-I{sysconfig.get_path('include')}")
-    optimise = (
-        ["-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-flto=auto"]
-    )
     generated = [
         out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "serve", "module")
     ]
     library = [*sorted(CSRC.glob("*.c")), *generated]
     worker = sorted(WORKER.glob("*.c"))
     faults = [*sorted(FAULT.glob("*.c")), out / "fault.gen.c"]
-    headers = [
-        *CSRC.glob("*.h"),
-        *WORKER.glob("*.h"),
-        *FAULT.glob("*.h"),
-        *out.glob("*.gen.h"),
-        *(ROOT / "include").glob("*.h"),
-    ]
-    headers.append(Path(__file__))
-    newest = max(path.stat().st_mtime for path in headers)
-
-    def one(source: Path) -> Path:
-        target = out / (source.stem + ".o")
-        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
-            warnings = ["-w"] if source.name == "module.gen.c" else WARNINGS
-            run(["cc", *COMMON, *optimise, *warnings, *include, "-c", str(source), "-o", str(target)])
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = dict(zip((all_ := [*library, *worker, *faults]), pool.map(one, all_), strict=True))
+    objects = compile_each([*library, *worker, *faults], out, sanitize, include)
     shared = [source for source in library if source.name in SHARED]
     return (
         [objects[source] for source in library],
         [objects[source] for source in shared + worker],
         [objects[source] for source in faults],
     )
+
+
+def compile_each(
+    sources: Sequence[Path], out: Path, sanitize: str, include: Sequence[str]
+) -> dict[Path, Path]:
+    """Source -> object, made where it is older than what it is made of."""
+    headers = [path for option in include for path in Path(option.removeprefix("-I")).glob("*.h")]
+    newest = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
+
+    def one(source: Path) -> Path:
+        target = out / (source.stem + ".o")
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            judged = sanitize == "fuzzer" and source.parent in (CSRC, WORKER, FAULT)  # by gcc
+            warnings = ["-w"] if judged or source.name == "module.gen.c" else WARNINGS
+            run([*compiler(sanitize), *COMMON, *warnings, *include, "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(sources, pool.map(one, sources), strict=True))
+
+
+# The fuzzers, each tests/fuzz/NAME.c with all of ours, and the functions of ours that it stands before.
+FUZZERS = {
+    "boundary": (),
+    "requests": ("ha_secret_pages", "munmap"),
+    "answers": ("ha_secret_pages", "munmap", "ha_line_ask", "ha_receive"),
+    "parameters": ("ha_object_valid", "ha_call_adopt"),
+}
+
+
+def build_fuzzers(out: Path, output: Path) -> None:
+    """The fuzzers, and the library that the fuzzed group's members have."""
+    include = [f"-I{path}" for path in (ROOT / "include", CSRC, WORKER, FUZZ, FUZZ.parent / "fake", out)]
+    sources = [*sorted(FUZZ.glob("*.c")), FUZZ.parent / "fake" / "fake.c"]
+    sources += [out / "callers.gen.c", out / "vendor.gen.c"]
+    made = compile_each(sources, out, "fuzzer", include)
+    objects = {source.name.removesuffix(".c"): str(target) for source, target in made.items()}
+    library, _, _ = compile_all(out, "fuzzer")
+    shared = [objects[name] for name in ("fuzz", "callers.gen", "vendor", "vendor.gen", "serving")]
+    token = [objects[name] for name in ("fake", "token", "vendor", "vendor.gen")]
+    token += [str(path) for path in library if path.name in ("wire.gen.o", "parameters.gen.o")]
+    directory, name = libpython()
+    fuzzer = ["clang", "-fsanitize=fuzzer,address,undefined", "-pthread", f"-Wl,-rpath,{directory}"]
+    ours = [*map(str, library), str(directory / name), "-ldl"]
+    for target, before in FUZZERS.items():
+        wraps = [f"-Wl,--wrap={function}" for function in before]
+        # those of `serving` are for the two that wrap what it stands before
+        parts = [part for part in shared if part != objects["serving"] or "munmap" in before]
+        run([*fuzzer, *wraps, "-o", str(output / target), objects[target], *parts, *ours])
+    plain = "clang -shared -fsanitize=fuzzer-no-link,address,undefined -Wl,-Bsymbolic".split()
+    run([*plain, "-o", str(output / "libmember.so"), *token])
 
 
 def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> None:
@@ -245,7 +288,7 @@ def copy_backend(runtime: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", default="", choices=("", "address", "thread", "undefined"))
+    parser.add_argument("--sanitize", default="", choices=("", "address", "thread", "undefined", "fuzzer"))
     parser.add_argument("--output", type=Path, default=None, help="directory of libpkcs11-ha.so")
     parser.add_argument(
         "--installed", type=Path, default=None, help="where the Python files will be found at run time"
@@ -255,7 +298,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan"}.get(
+    output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan", "fuzzer": "fuzz"}.get(
         arguments.sanitize, arguments.sanitize)).resolve()  # fmt: skip
     out = output / "gen"
     runtime = output / "runtime"
@@ -265,6 +308,9 @@ def main() -> None:
     emit_all(out, where, arguments.worker or worker)
     # The embedded interpreter writes nothing, so what it loads is compiled now: a tenth of a second a start.
     compileall.compile_dir(SHIM / "pkcs11_ha", quiet=1)
+    if arguments.sanitize == "fuzzer":
+        build_fuzzers(out, output)
+        return
     objects, worker_objects, fault_objects = compile_all(out, arguments.sanitize)
     link(out, objects, output / "libpkcs11-ha.so", arguments.sanitize)
     link_worker(worker_objects, worker, arguments.sanitize)

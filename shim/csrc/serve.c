@@ -19,14 +19,14 @@ const char *serve_init_args;
 
 /* ---- memory of a call ---- */
 
-static bool serve_begin(struct serve *s)
+bool serve_begin(struct serve *s)
 {
     memset(s, 0, sizeof *s);
     s->arena = ha_secret_pages(ARENA);
     return s->arena != NULL;
 }
 
-static void serve_end(struct serve *s)
+void serve_end(struct serve *s)
 {
     explicit_bzero(s->arena, s->arena_used);
     s->arena_used = 0;

@@ -51,6 +51,9 @@ void answer_mechanism(struct serve *s, CK_RV rv);
 void answer_parameter(struct serve *s, CK_RV rv);
 void answer_answers(struct serve *s, CK_RV rv, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 
+bool serve_begin(struct serve *s);
+void serve_end(struct serve *s); /* wipes what passed */
+
 /* One request after the other, until the line ends or says what cannot be. */
 void serve_line(struct ha_line *line, void *const *functions);
 
