@@ -203,13 +203,13 @@ class Server:
 
     def stop(self) -> None:
         """SIGSTOP it: connections stay open, nothing is answered."""
-        group = self._running_group()
+        group = self.pid
         _signal_group(group, signal.SIGSTOP)
         _wait_until(lambda: set(_states(group)) == {"T"}, f"the server of {self.token.label} to stop")
 
     def cont(self) -> None:
         """SIGCONT it."""
-        _signal_group(self._running_group(), signal.SIGCONT)
+        _signal_group(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
         self.kill()
@@ -225,7 +225,9 @@ class Server:
         }
         return member | options
 
-    def _running_group(self) -> int:
+    @property
+    def pid(self) -> int:
+        """Of its process, which is the leader of its group."""
         if self._process is None:
             raise MemberError(f"the server of {self.token.label} does not run")
         return self._process.pid
