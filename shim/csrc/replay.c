@@ -215,6 +215,30 @@ static enum outcome resolve(ha_call *call, ha_call *part)
     return DONE;
 }
 
+/* All that the operations need, before the first is begun: to look for a key in the middle would begin them again, and
+ * one that is made again in the session on that member would go with the session. */
+static enum outcome resolve_all(ha_call *call)
+{
+    enum outcome outcome = DONE;
+    for (uint32_t left = call->session->active; left && outcome == DONE; left &= left - 1) {
+        unsigned op = (unsigned)__builtin_ctz(left);
+        struct ha_operation *operation = &call->session->operation[op];
+        ha_call init = part_of(call, ha_init_rows[op]);
+        const unsigned char *in;
+        struct entry entry;
+        init.mechanism = &operation->mechanism;
+        if (operation->key) init.object[init.objects++] = operation->key;
+        if (!init.mechanism->pParameter || ha_mechanism_objects(&init) == CKR_OK) outcome = resolve(call, &init);
+        for (size_t at = 0; outcome == DONE && (in = next_entry(operation, &at, &entry));) {
+            if (entry.row != FN_C_DigestKey) continue;
+            ha_call part = part_of(call, entry.row);
+            part.object[part.objects++] = handle_in(in);
+            outcome = resolve(call, &part);
+        }
+    }
+    return outcome;
+}
+
 /* What the member said to one step, whose output is to be that of before. */
 static enum outcome outcome_of(ha_call *call, CK_RV rv, bool same)
 {
@@ -288,7 +312,7 @@ static enum outcome repeat_operation(ha_call *call, unsigned op, bool *begun)
 void ha_repeat_operations(ha_call *call)
 {
     ha_session *session = call->session;
-    enum outcome outcome = DONE;
+    enum outcome outcome = resolve_all(call);
     bool begun = false;
     for (uint32_t left = session->active; left && outcome == DONE; left &= left - 1)
         outcome = repeat_operation(call, (unsigned)__builtin_ctz(left), &begun);

@@ -70,7 +70,6 @@ def main() -> None:
         "session cancelled": lambda: session.call("C_SessionCancel", p11.CKF_SIGN),
         "closed": session.close,
         "all closed": lambda: module.close_all(slot),
-        "logged out": session.logout,
         "finalised": module.finalize,
         "saved": lambda: saved(session, other, key),
     }

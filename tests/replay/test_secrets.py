@@ -22,7 +22,6 @@ ENDS = (
     "session cancelled",
     "closed",
     "all closed",
-    "logged out",
     "finalised",
     "saved",
 )
