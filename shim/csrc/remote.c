@@ -676,11 +676,6 @@ static CK_ULONG number_at(const void *structure, size_t offset)
     return value;
 }
 
-static CK_ULONG iv_size(const struct ha_written *written, const void *parameter)
-{
-    return room_of((number_at(parameter, written->iv_bits) + 7) / 8);
-}
-
 static void ask_structure(struct ha_exchange *x, const CK_MECHANISM *mechanism, const struct ha_parameter *layout,
                           const struct ha_written *written)
 {
@@ -699,7 +694,7 @@ static void ask_structure(struct ha_exchange *x, const CK_MECHANISM *mechanism, 
     for (unsigned k = 0; k < written->ivs; k++) {
         bool wanted = pointer_at(made, written->iv[k]) != NULL;
         ha_put(x->message, wanted);
-        if (wanted) expect(x, iv_size(written, given));
+        if (wanted) expect(x, ha_iv_size(written, given));
     }
 }
 
@@ -887,7 +882,7 @@ void ha_take_mechanism(struct ha_exchange *x, const CK_MECHANISM *mechanism)
         if (!x->message->broken && x->rv == CKR_OK) memcpy(made + layout->made_handle[k], &object, sizeof object);
     }
     for (unsigned k = 0; made && k < written->ivs; k++)
-        ha_take_fill(x, pointer_at(made, written->iv[k]), iv_size(written, given));
+        ha_take_fill(x, pointer_at(made, written->iv[k]), ha_iv_size(written, given));
 }
 
 /* What the member has not changed is not written: who decrypts may have it where nothing can be. */

@@ -37,6 +37,7 @@ void serve_end(struct serve *s)
     }
     s->blocks_size = 0;
     s->mechanism = NULL;
+    s->given = NULL;
     s->message = NULL;
     s->asked = NULL;
     ha_message_wipe(&s->request);
@@ -155,12 +156,6 @@ static const void *pointer_at(const void *structure, size_t offset)
     return value;
 }
 
-static CK_ULONG iv_size(const struct ha_written *written, const void *parameter)
-{
-    CK_ULONG bits = number_at(parameter, written->iv_bits);
-    return bits / 8 < HA_WIRE_ROOM ? (bits + 7) / 8 : HA_WIRE_ROOM;
-}
-
 /* A structure as it was sent, its pointers put right; the layout is ours, whatever the client says. */
 static void *structure(struct serve *s, const struct ha_parameter *layout, const struct ha_written *written)
 {
@@ -178,7 +173,7 @@ static void *structure(struct serve *s, const struct ha_parameter *layout, const
     void *made = ha_get(&s->request) ? allocate(s, written->made_size) : NULL;
     set_pointer(parameter, layout->made_pointer, made);
     for (unsigned k = 0; made && k < written->ivs; k++)
-        if (ha_get(&s->request)) set_pointer(made, written->iv[k], allocate(s, iv_size(written, parameter) + 1));
+        if (ha_get(&s->request)) set_pointer(made, written->iv[k], allocate(s, ha_iv_size(written, parameter) + 1));
     return parameter;
 }
 
@@ -195,6 +190,9 @@ CK_MECHANISM *serve_mechanism(struct serve *s)
     if (ha_get(&s->request) == HA_SENT_PARTS) {
         if (!has_pointers || (written && written->refused)) return broken(s);
         mechanism->pParameter = structure(s, layout, written);
+        s->given = allocate(s, layout->size);
+        if (s->request.broken) return NULL;
+        memcpy(s->given, mechanism->pParameter, layout->size);
         mechanism->ulParameterLen = layout->size;
     } else {
         s->request.at = at;
@@ -345,9 +343,9 @@ void answer_mechanism(struct serve *s, CK_RV rv)
 {
     const CK_MECHANISM *mechanism = s->mechanism;
     const struct ha_written *written = mechanism ? ha_written_by(mechanism->mechanism) : NULL;
-    if (!written || !mechanism->pParameter || !mechanism->ulParameterLen) return;
+    if (!written || !s->given) return;
     const struct ha_parameter *layout = ha_parameter_of(mechanism->mechanism);
-    const char *parameter = mechanism->pParameter;
+    const char *parameter = s->given; /* the library may have changed the other */
     for (unsigned k = 0; k < layout->buffers; k++) {
         CK_ULONG size = number_at(parameter, layout->buffer[k].length);
         if (written->buffers >> k & 1) put_output(s, rv, pointer_at(parameter, layout->buffer[k].pointer), size, size);
@@ -355,7 +353,7 @@ void answer_mechanism(struct serve *s, CK_RV rv)
     const char *made = layout->made ? pointer_at(parameter, layout->made_pointer) : NULL;
     for (unsigned k = 0; made && k < layout->made; k++) ha_put(&s->answer, number_at(made, layout->made_handle[k]));
     for (unsigned k = 0; made && k < written->ivs; k++)
-        put_output(s, rv, pointer_at(made, written->iv[k]), iv_size(written, parameter), HA_WIRE_ROOM);
+        put_output(s, rv, pointer_at(made, written->iv[k]), ha_iv_size(written, parameter), HA_WIRE_ROOM);
 }
 
 void answer_parameter(struct serve *s, CK_RV rv)

@@ -14,6 +14,7 @@ struct serve {
     struct serve_block *blocks; /* larger pieces */
     size_t blocks_size;
     const CK_MECHANISM *mechanism;              /* of this call */
+    char *given;                                /* its structure as it was sent, NULL: it has none */
     const struct ha_message_parameter *message; /* layout of the parameter of this call's message; NULL: it has none */
     struct serve_part {
         CK_ULONG size;

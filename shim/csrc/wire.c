@@ -165,6 +165,14 @@ bool ha_attributes_are_answered(CK_RV rv)
            rv == CKR_BUFFER_TOO_SMALL;
 }
 
+CK_ULONG ha_iv_size(const struct ha_written *written, const void *parameter)
+{
+    CK_ULONG bits, size;
+    memcpy(&bits, (const char *)parameter + written->iv_bits, sizeof bits);
+    size = bits / 8 + (bits % 8 != 0);
+    return size < HA_WIRE_ROOM ? size : HA_WIRE_ROOM;
+}
+
 CK_ULONG ha_message_buffer_size(const struct ha_message_parameter *layout, unsigned buffer, const void *parameter)
 {
     CK_ULONG length = layout->buffer[buffer].bytes;

@@ -52,7 +52,8 @@ struct ha_written {
     unsigned ivs;     /* pointers in that structure to as many bits as a field of the parameter says */
     size_t iv[2], iv_bits;
 };
-const struct ha_written *ha_written_by(CK_MECHANISM_TYPE type); /* generated; NULL: nothing */
+const struct ha_written *ha_written_by(CK_MECHANISM_TYPE type);               /* generated; NULL: nothing */
+CK_ULONG ha_iv_size(const struct ha_written *written, const void *parameter); /* in bytes, as both ends count them */
 
 /* What a parameter of a message (PKCS#11 3.0) points to; `bytes` is the length where no field has it. */
 struct ha_message_parameter {
