@@ -280,16 +280,18 @@ static bool is_full(const struct remote *remote)
     return count >= HANDS;
 }
 
+/* Not into another life: there the call's handles would mean something else. */
 static bool wait_for_channel(struct remote *remote, uint64_t until)
 {
+    const uint32_t life = remote->life;
     const struct timespec time = {(time_t)(until / 1000000000U), (long)(until % 1000000000U)};
-    while (remote->alive && is_full(remote)) {
+    while (remote->alive && remote->life == life && is_full(remote)) {
         if (!until)
             pthread_cond_wait(&remote->given, &remote->lock);
         else if (pthread_cond_timedwait(&remote->given, &remote->lock, &time) == ETIMEDOUT)
             return false;
     }
-    return remote->alive;
+    return remote->alive && remote->life == life;
 }
 
 /* A channel for one call, and until when it may take; NULL: the remote is dead, or has none for us. */

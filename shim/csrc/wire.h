@@ -18,7 +18,7 @@ enum {
     HA_WIRE_HELLO = HA_FUNCTIONS, /* the row of a worker's first message */
     HA_WIRE_FD = 3,               /* where a worker that was started finds its end of the socket */
     HA_WIRE_DEPTH = 4,            /* of templates in templates */
-    HA_WIRE_SMALL = 1 << 16,      /* a message that is kept mapped between calls */
+    HA_WIRE_SMALL = 1 << 14,      /* a message that is kept mapped and locked between calls */
 };
 #define HA_WIRE_MAX ((size_t)1 << 30)  /* of one message */
 #define HA_WIRE_ROOM ((size_t)1 << 28) /* of one output: more than any caller has */

@@ -226,3 +226,29 @@ def test_socket_that_was_left_behind_is_taken_over(tokens: Tokens, directory: Pa
         first.terminate()
         assert first.wait(timeout=10) == 0
     assert not path.exists()
+
+
+def test_limit_of_file_sizes_is_no_death_of_the_application(
+    tokens: Tokens, group: GroupFactory, module: Path
+) -> None:
+    """Memory to be shared counts as a file, and who goes beyond the limit is killed (SIGXFSZ)."""
+    group(tokens[0].member(host="worker"))
+    program = Program(
+        module,
+        f"""
+        import resource, signal
+        from types import SimpleNamespace
+        from pkcs11_ha.runtime import native
+        from tests.worker.remote import Remote
+        remote = Remote()
+        remote.start(SimpleNamespace(env={tokens[0].env}))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        timed("call", lambda: remote.call("C_GetInfo", native.ffi.new("CK_INFO *")))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        timed("next", lambda: remote.call("C_GetInfo", native.ffi.new("CK_INFO *")))
+        remote.free()
+        """,
+    )
+    _, answers = program.end()
+    assert (answers["call"], answers["next"]) == ("CKR_DEVICE_ERROR", "CKR_CRYPTOKI_NOT_INITIALIZED")
