@@ -158,8 +158,9 @@ def answers_something(name: str) -> bool:
     return any(carried.item in ANSWERING for carried in wire.items(row, golden.prototypes()[name]))
 
 
-@pytest.mark.parametrize("over_socket", [False, True], ids=["box", "socket"])
-@pytest.mark.parametrize("lie", [*LIES, *SHORT])
+@pytest.mark.parametrize(
+    ("lie", "over_socket"), [*((lie, False) for lie in (LIES | SHORT)), *((lie, True) for lie in LIES)]
+)
 def test_lies_are_found_out(peer: Peer, remote: Remote, lie: str, over_socket: bool) -> None:
     """For every function there is; and nothing is written that the caller has no room for."""
     peer.answer, peer.over_socket = (LIES | SHORT)[lie], over_socket
