@@ -1,0 +1,288 @@
+"""Which members are ejected for being slow or faulty beside their peers, and how they come back: values in, values out.
+
+A member is compared on like with like alone: each kind of work (function, mechanism, key, size of the input) has a
+histogram of its own, and a call is slow only beside what the peers needed for the same kind.  Of two halves of a
+group that differ, the better one is the measure.
+
+    REGULAR ── outlier ──► EJECTED ── its time is up ──► TRIAL ── one operation, well done ──► WARMING ──► REGULAR
+                              ▲                            │                                      │
+                              └────── for longer ──────────┴────────────── outlier ───────────────┘
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from pkcs11_ha.core.codes import Code
+
+N = TypeVar("N", int, float)
+
+SLOW_NS = 1_000_000
+"""By so much a call must be longer than its peers', too: what a worker's socket adds to a microsecond is no illness."""
+
+REFERENCE_CALLS = 5
+"""Calls of one kind that make a member a measure for others."""
+
+WINDOW_INTERVALS = 12
+"""A window that never gets full is given up after so many intervals."""
+
+STEPS = 10
+"""In so many steps a share grows from one tenth (Envoy's min_weight_percent) to the whole."""
+
+FAULTS = frozenset({Code.BUSY, Code.SESSION, Code.LOGIN, Code.OPERATION, Code.LIBRARY})
+"""Answers that are repaired or done elsewhere.  A dead member is lost, a suspect one is judged by its peers' answer:
+who sends forgeries must not be able to have members ejected that are clumsy about saying so."""
+
+
+class Phase(enum.Enum):
+    """Where a member stands."""
+
+    REGULAR = "regular"
+    EJECTED = "ejected"  # does what no other can, no more
+    TRIAL = "trial"  # one operation is let through to it
+    WARMING = "warming"  # its share of load grows
+
+
+LEFT_OUT = (Phase.EJECTED, Phase.TRIAL)
+
+
+class Trial(enum.IntEnum):
+    """What has become of the one operation, as the data plane numbers it."""
+
+    OPEN = 0  # no call has come that could be it
+    UNDER_WAY = 1
+    ENDED = 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A group's settings; `ratio` is of calls, `latency_factor` of the peers' median."""
+
+    interval_ns: int
+    min_calls: int
+    latency_factor: float
+    ratio: float
+    base_ns: int
+    max_ns: int
+    slow_start_ns: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where one member stands, since when, and how often in a row it was ejected."""
+
+    phase: Phase = Phase.REGULAR
+    since_ns: int = 0
+    ejections: int = 0
+
+
+Histogram = Sequence[int]
+"""Calls by latency; see `edge_ns`."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one member did in a while: all its calls, the faults among them, and latencies by kind of work."""
+
+    calls: int = 0
+    faults: int = 0
+    work: Mapping[int, Histogram] = field(default_factory=dict)
+
+    @property
+    def timed(self) -> int:
+        return sum(sum(histogram) for histogram in self.work.values())
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One member that is there: `own` is since it was last judged or admitted, `reference` what its peers see of it."""
+
+    course: Course
+    own: Window = Window()
+    reference: Window = Window()
+    trial: Trial = Trial.OPEN
+
+
+@dataclass(frozen=True)
+class Excess:
+    """By how much a member is worse than its peers: shares of its calls, 0 or less for one that is as they are."""
+
+    slow: float = 0.0
+    faulty: float = 0.0
+    timed: int = 0  # calls that could be compared by their latency
+    calls: int = 0  # all of them
+
+    @property
+    def worst(self) -> float:
+        return max(self.slow, self.faulty)
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a step makes of one member, and why, if it changes."""
+
+    course: Course
+    why: str = ""
+    excess: Excess = Excess()
+
+
+def edge_ns(bucket: int) -> int:
+    """The shortest latency in a bucket, but for the first, which has all below the second: two to an octave."""
+    return (2 + bucket % 2) << (bucket // 2 + 7)
+
+
+def _lower_median(values: Sequence[N]) -> N:
+    """Of the better half, where there are two middles."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def _median_bucket(histogram: Histogram) -> int:
+    left = (sum(histogram) + 1) // 2
+    for bucket, count in enumerate(histogram):
+        left -= count
+        if left <= 0:
+            return bucket
+    raise ValueError("no calls")
+
+
+def _slow_from(median: int, factor: float, buckets: int) -> int:
+    """The first bucket all of which is slow beside peers whose median call is in bucket `median`."""
+    usual = edge_ns(median + 1)
+    limit = max(factor * usual, usual + SLOW_NS)
+    return next((bucket for bucket in range(median, buckets) if edge_ns(bucket) >= limit), buckets)
+
+
+def excess(own: Window, peers: Sequence[Window], rule: Rule, min_calls: int) -> Excess:
+    """How much slower and more faulty `own` is than its peers.
+
+    Slow calls weigh what such a call takes the peers: ten quick updates do not hide one signature.  A member that has
+    less than `min_calls`, or no peers that did the same, shows nothing.
+    """
+    weight, slow, compared = 0.0, 0.0, 0
+    for kind, mine in own.work.items():
+        theirs = [h for peer in peers if sum(h := peer.work.get(kind, ())) >= REFERENCE_CALLS]
+        calls = sum(mine)
+        if not theirs or not calls:
+            continue
+        median = _lower_median([_median_bucket(h) for h in theirs])
+        limit = _slow_from(median, rule.latency_factor, len(mine))
+        usual = _lower_median([sum(h[limit:]) / sum(h) for h in theirs])
+        weighs = calls * edge_ns(median)
+        weight += weighs
+        slow += weighs * (sum(mine[limit:]) / calls - usual)
+        compared += calls
+    failing = [peer.faults / peer.calls for peer in peers if peer.calls >= max(1, rule.min_calls)]
+    faulty = 0.0
+    if own.calls >= max(1, min_calls) and failing:
+        faulty = own.faults / own.calls - _lower_median(failing)
+    return Excess(slow / weight if weight and compared >= min_calls else 0.0, faulty, compared, own.calls)
+
+
+def most_ejected(there: int) -> int:
+    """Never more than half of the members that are there, so never the last."""
+    return there // 2
+
+
+def keep_floor(courses: Mapping[int, Course]) -> dict[int, Course]:
+    """The courses of the members that are there, after some others were lost: who is one too many comes back at once,
+    the first to be ejected first."""
+    out = sorted((c.since_ns, i) for i, c in courses.items() if c.phase in LEFT_OUT)
+    back = [index for _, index in out[: max(0, len(out) - most_ejected(len(courses)))]]
+    return {i: replace(c, phase=Phase.REGULAR, ejections=0) if i in back else c for i, c in courses.items()}
+
+
+def until_ns(course: Course, rule: Rule) -> int:
+    """The end of an ejection: each in a row is longer than the one before."""
+    return course.since_ns + min(rule.base_ns * course.ejections, rule.max_ns)
+
+
+def share(course: Course, rule: Rule, now_ns: int) -> float:
+    """The share of what would be its load that a member gets."""
+    match course.phase:
+        case Phase.REGULAR:
+            return 1.0
+        case Phase.WARMING:
+            steps = (now_ns - course.since_ns) * STEPS // rule.slow_start_ns
+            return min(max(1, steps), STEPS) / STEPS
+        case _:
+            return 0.0
+
+
+def due_ns(courses: Sequence[Course], rule: Rule, now_ns: int) -> int:
+    """When the next step is to be made."""
+    due = now_ns + rule.interval_ns
+    for course in courses:
+        if course.phase is Phase.EJECTED:
+            due = min(due, until_ns(course, rule))
+        elif course.phase is Phase.WARMING:
+            due = min(due, now_ns + rule.slow_start_ns // STEPS)
+    return due
+
+
+def is_full(windows: Sequence[Window], rule: Rule, age_ns: int) -> bool:
+    """Whether the members' windows end here: they have shown enough, or have had time enough to."""
+    enough = all(window.timed >= rule.min_calls for window in windows)
+    return age_ns >= rule.interval_ns and (enough or age_ns >= WINDOW_INTERVALS * rule.interval_ns)
+
+
+def step(seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> dict[int, Move]:
+    """One look at the members that are there: who is ejected, tried, admitted.  Every seat gets its move."""
+    moves = {index: _go_on(index, seats, rule, now_ns) for index in seats}
+    outliers = [
+        (judged.worst, index, judged)
+        for index, move in moves.items()
+        if move.course.phase not in LEFT_OUT and move.course.phase is seats[index].course.phase
+        if (judged := _judge(index, seats, rule, rule.min_calls)).worst >= rule.ratio
+    ]
+    left_out = sum(move.course.phase in LEFT_OUT for move in moves.values())
+    room = max(0, most_ejected(len(seats)) - left_out)
+    for _, index, judged in sorted(outliers, key=lambda outlier: (-outlier[0], outlier[1]))[:room]:
+        moves[index] = _eject(moves[index].course, now_ns, _why(judged), judged)
+    return moves
+
+
+def _judge(index: int, seats: Mapping[int, Seat], rule: Rule, min_calls: int) -> Excess:
+    peers = [seat.reference for i, seat in seats.items() if i != index and seat.course.phase not in LEFT_OUT]
+    return excess(seats[index].own, peers, rule, min_calls)
+
+
+def _why(judged: Excess) -> str:
+    return "slow" if judged.slow >= judged.faulty else "faulty"
+
+
+def _eject(course: Course, now_ns: int, why: str, judged: Excess) -> Move:
+    return Move(Course(Phase.EJECTED, now_ns, course.ejections + 1), why, judged)
+
+
+def _go_on(index: int, seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> Move:
+    """What time and the trial make of one member."""
+    course = seats[index].course
+    elapsed = now_ns - course.since_ns
+    match course.phase:
+        case Phase.REGULAR:
+            return Move(replace(course, ejections=0) if elapsed >= rule.max_ns else course)
+        case Phase.EJECTED if now_ns >= until_ns(course, rule):
+            return Move(replace(course, phase=Phase.TRIAL, since_ns=now_ns), "time is up")
+        case Phase.TRIAL:
+            return _after_trial(index, seats, rule, now_ns)
+        case Phase.WARMING if elapsed >= rule.slow_start_ns:
+            return Move(replace(course, phase=Phase.REGULAR, since_ns=now_ns))
+    return Move(course)
+
+
+def _after_trial(index: int, seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> Move:
+    """A trial that nobody takes up ends in a slow start, one that does not end in another ejection."""
+    seat = seats[index]
+    admitted = replace(seat.course, phase=Phase.WARMING, since_ns=now_ns)
+    late = now_ns - seat.course.since_ns >= rule.base_ns
+    if seat.trial is Trial.ENDED:
+        judged = _judge(index, seats, rule, 1)
+        if not seat.own.faults and judged.slow < rule.ratio:
+            return Move(admitted, "tried", judged)
+        return _eject(seat.course, now_ns, "faulty" if seat.own.faults else "slow", judged)
+    if late and seat.trial is Trial.UNDER_WAY:
+        return _eject(seat.course, now_ns, "hangs", Excess())
+    return Move(admitted, "nobody tried") if late else Move(seat.course)
