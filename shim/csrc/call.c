@@ -184,6 +184,7 @@ static inline bool route_at_once(ha_call *call)
         call->member = session->member;
         if (call->member < 0) return false; /* its state was set, and it has not begun again yet */
     } else {
+        if (__builtin_expect(atomic_load_explicit(&slot->limited, memory_order_relaxed) != 0, 0)) return false;
         uint32_t may = atomic_load_explicit(&slot->serving, memory_order_acquire);
         if (call->objects) may = without_absent(call, may);
         if (!may) return false;
@@ -227,7 +228,8 @@ static RARE bool route_with_care(ha_call *call)
             if (move) may = ha_without_operation_keys(session, may);
             /* The first choice holds while it can: to choose again for each look would always pass over a member
              * whose session is yet to be opened. */
-            if (call->member < 0 || !(may >> call->member & 1)) call->member = may ? choose(call, may) : -1;
+            if (call->member < 0 || !(may >> call->member & 1))
+                call->member = may ? choose(call, ha_slot_limit(call, may)) : -1;
             if (call->member < 0) {
                 if (ask_core(call, ha_core.no_member)) continue;
                 return false;
@@ -275,7 +277,19 @@ static RARE bool route_with_care(ha_call *call)
 /* Readies the next member for the call. False: call->rv is the answer. */
 bool ha_call_route(ha_call *call)
 {
-    return route_at_once(call) || route_with_care(call);
+    if (!route_at_once(call) && !route_with_care(call)) return false;
+    if (__builtin_expect(atomic_load_explicit(&call->slot->look_at, memory_order_relaxed) != UINT64_MAX, 0))
+        ha_latency_begin(call);
+    return true;
+}
+
+/* Whether another member could do the same. */
+bool ha_call_has_choice(const ha_call *call)
+{
+    uint32_t may = atomic_load_explicit(&call->slot->serving, memory_order_relaxed);
+    if (call->objects) may = without_absent(call, may);
+    if (is_bound(call)) may = ha_without_operation_keys(call->session, may);
+    return may & (may - 1);
 }
 
 CK_RV ha_call_takes(ha_call *call, CK_MECHANISM *mechanism)
@@ -299,7 +313,7 @@ bool ha_call_replicates(const ha_call *call)
 
 int ha_call_next(ha_call *call)
 {
-    return !call->finished && ha_call_route(call);
+    return !call->finished && (route_at_once(call) || route_with_care(call)); /* not timed: Python takes its own */
 }
 
 void ha_call_answer(ha_call *call, CK_RV rv)
@@ -432,6 +446,7 @@ CK_RV ha_call_end(ha_call *call)
     }
     if (call->mechanism_copy) free(call->mechanism_copy);
     if (call->input) ha_call_wipe_input(call);
+    if (__builtin_expect(session->trial != 0, 0)) ha_trial_end(session);
     ha_session_unlock(session);
     return rv;
 }

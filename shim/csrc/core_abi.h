@@ -11,6 +11,16 @@ typedef struct ha_slot ha_slot;       /* a virtual slot: a group, or a member's 
 typedef struct ha_session ha_session; /* a virtual session */
 typedef struct ha_secret ha_secret;   /* bytes in locked memory that no core dump shows */
 
+enum {
+    HA_WHOLE = 100,  /* a member's share of load, in per cent */
+    HA_FAULTS = 16,  /* classes of answers, at most */
+    HA_BUCKETS = 64, /* of latency */
+    HA_WORKS = 256,  /* kinds of work: the first two are functions of one sort, */
+    HA_WORK_INFORMATION = 0,
+    HA_WORK_GENERATION = 1,
+    HA_WORK_COMPARED = 2 /* and from here on, by chance of a hash, cryptography that is like each other */
+};
+
 /* One application call on its way through the members. `member` and `epoch` say where it stands. */
 typedef struct ha_call {
     ha_session *session;
@@ -42,6 +52,8 @@ typedef struct ha_call {
     unsigned char guarded;             /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
     CK_OBJECT_HANDLE object[5];        /* virtual; the arguments, then those inside the mechanism */
     CK_OBJECT_HANDLE member_object[5]; /* the same on the chosen member */
+    unsigned long long began_ns;       /* inside the member; 0: its time is not taken */
+    unsigned long long size;           /* bytes of input */
 } ha_call;
 
 /* ---- members ---- */
@@ -58,6 +70,10 @@ unsigned ha_member_epoch(ha_member *member);
 unsigned ha_member_new_epoch(ha_member *member);
 int ha_member_in_flight(ha_member *member);
 unsigned long long ha_member_calls(ha_member *member);
+void ha_member_fault(ha_member *member, unsigned fault_class); /* one more */
+unsigned long long ha_member_faults(ha_member *member, unsigned fault_class);
+void ha_member_latency(ha_member *member, unsigned *counts); /* HA_WORKS times HA_BUCKETS */
+unsigned ha_latency_bucket(unsigned long long ns);
 int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call);
 void ha_member_leave(ha_member *member, ha_call *call);
 
@@ -69,7 +85,11 @@ void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up);
 void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: no check is due */
 void ha_slot_login(ha_slot *slot, CK_ULONG user, int write_protected); /* CK_UNAVAILABLE_INFORMATION: nobody */
 CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write);
-void ha_slot_gate(ha_slot *slot); /* the recovery check */
+void ha_slot_look_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: calls are not timed */
+void ha_slot_share(ha_slot *slot, int member, unsigned share);        /* of HA_WHOLE; 0: only what no other can do */
+void ha_slot_try(ha_slot *slot, int member);                          /* one operation for a member of share 0 */
+int ha_slot_trial(ha_slot *slot, int member);                         /* 0: it has not come, 1: under way, 2: ended */
+void ha_slot_gate(ha_slot *slot);                                     /* the recovery check */
 void ha_slot_drain_pools(ha_slot *slot, int read_write);
 void ha_slot_drain_pools_of(ha_slot *slot, int member);
 void ha_slot_replicates(ha_slot *slot); /* what makes objects goes to the core */

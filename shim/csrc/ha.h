@@ -44,6 +44,8 @@ struct ha_member {
     void *functions[HA_FUNCTIONS];
     char name[64], serial[20];
     pthread_mutex_t one_call;
+    _Alignas(HA_CACHE_LINE) _Atomic uint64_t faults[HA_FAULTS]; /* answers that were no clean ones, by class */
+    _Atomic uint32_t latency[HA_WORKS][HA_BUCKETS];             /* calls that were timed, by kind of work */
 };
 
 /* From the object handles of one member to the virtual ones of one slot. */
@@ -72,6 +74,8 @@ struct ha_slot {
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t serving; /* members that may take new work; the core's decision */
     _Atomic uint32_t up;                              /* all that are there, standbys too */
     _Atomic uint64_t check_at;                        /* monotonic ns after which the recovery check is due */
+    _Atomic uint64_t look_at; /* and after which the members are to be compared; UINT64_MAX: never */
+    _Atomic uint32_t limited; /* of `serving`: those whose `share` is not the whole */
     _Atomic CK_ULONG login;
     _Atomic bool write_protected;
     size_t replay_limit;     /* bytes of input kept of one operation */
@@ -79,6 +83,8 @@ struct ha_slot {
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t turn;
     _Alignas(HA_CACHE_LINE) _Atomic CK_ULONG sessions;
     _Atomic CK_ULONG rw_sessions;
+    _Atomic uint32_t trials, trials_ended; /* members to be tried by one operation; those that have been */
+    _Atomic uint8_t share[HA_MAX_MEMBERS]; /* of what would be their load, of HA_WHOLE; 0: ejected */
 };
 
 enum { HA_BALANCE_LEAST_BUSY, HA_BALANCE_ROUND_ROBIN, HA_BALANCE_PRIMARY_FIRST };
@@ -116,6 +122,9 @@ struct ha_session {
         CK_SESSION_HANDLE handle;
         uint32_t epoch; /* of the member when it was opened; 0: none */
     } at[HA_MAX_MEMBERS];
+    uint32_t trial;   /* the member, as a mask, whose trial the operation under way is */
+    uint32_t untimed; /* calls to come whose time is not taken */
+    uint32_t chance;
     uint32_t index, next_free; /* in the session table */
     CK_SESSION_HANDLE next_handle;
 };
@@ -136,6 +145,7 @@ void ha_wait_for_fork(void);
 int ha_slot_balance(ha_session *session, uint32_t candidates);
 void ha_call_judge(ha_call *call);
 void ha_check_when_due(ha_slot *slot, uint64_t check_at);
+void ha_latency_end(ha_call *call, CK_RV rv);
 
 /* The recovery check of every call: one load while all members are up, else a look at the clock. */
 static inline void ha_gate(ha_slot *slot)
@@ -208,6 +218,13 @@ static inline int ha_slot_choose(ha_session *session, uint32_t candidates, bool 
     return ha_slot_balance(session, candidates);
 }
 
+/* A number that follows no pattern of the application's (a linear congruential generator). */
+static inline uint32_t ha_session_chance(ha_session *session)
+{
+    session->chance = session->chance * 1664525U + 1013904223U;
+    return session->chance >> 8;
+}
+
 /* What is read before it is written; the rest of the structure need not be touched at every call. */
 static inline void ha_call_init(ha_call *call, unsigned row)
 {
@@ -221,6 +238,7 @@ static inline void ha_call_init(ha_call *call, unsigned row)
     call->tried = call->suspects = call->answered = call->repairs = call->objects = 0;
     call->sent = call->finished = call->creates_token = call->query = 0;
     call->translate = call->alone = call->guarded = 0;
+    call->began_ns = call->size = 0;
 }
 
 /* ---- session.c ---- */
@@ -237,6 +255,12 @@ void ha_members_after_fork(bool child);
 /* ---- slot.c ---- */
 ha_slot *ha_slot_by_id(CK_SLOT_ID id);
 void ha_slots_reset(void);
+
+uint32_t ha_slot_limit(const ha_call *call, uint32_t may);
+void ha_trial_end(ha_session *session);
+
+/* ---- latency.c ---- */
+void ha_latency_begin(ha_call *call);
 
 /* ---- object.c ---- */
 bool ha_object_valid(CK_OBJECT_HANDLE object, ha_slot *slot);
@@ -291,6 +315,7 @@ bool ha_call_route(ha_call *call);
 CK_RV ha_call_adopt(ha_call *call, const CK_OBJECT_HANDLE *made, CK_OBJECT_HANDLE *object);
 CK_RV ha_call_end(ha_call *call);
 bool ha_call_replicates(const ha_call *call);
+bool ha_call_has_choice(const ha_call *call);
 void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 void ha_call_refused(ha_call *call);
 void ha_operations_lost(ha_call *call);
@@ -355,6 +380,7 @@ void ha_leave_core(void);
 static inline void ha_call_done(ha_call *call, CK_RV rv)
 {
     ha_leave(call->target, call);
+    if (__builtin_expect(call->began_ns != 0, 0)) ha_latency_end(call, rv);
     if (__builtin_expect(rv >= HA_AGAIN, 0))
         rv = CKR_GENERAL_ERROR; /* more bits than any CKR_*: the seal has no room */
     call->rv = rv;

@@ -273,6 +273,8 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
         session->finding = false;
         session->member = session->last_member = -1;
         session->turn = atomic_fetch_add_explicit(&slot->turn, 1, memory_order_relaxed);
+        session->trial = session->untimed = 0;
+        session->chance = session->turn * 2654435761U;
         atomic_fetch_add(&slot->sessions, 1);
         if (flags & CKF_RW_SESSION) atomic_fetch_add(&slot->rw_sessions, 1);
         *phSession = HANDLE(atomic_load_explicit(&session->word, memory_order_relaxed));
@@ -290,6 +292,7 @@ static void retire(ha_session *session)
     for (unsigned m = 0; m < slot->count; m++)
         if (session->at[m].epoch) give_back(session, (int)m);
     ha_session_end_operations(session, (1U << HA_OPS) - 1);
+    if (session->trial) ha_trial_end(session);
     free(session->found);
     session->found = NULL;
     CK_SESSION_HANDLE handle = HANDLE(atomic_load(&session->word));

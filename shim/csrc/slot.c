@@ -26,6 +26,7 @@ ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit)
     slot->balance = balance;
     slot->replay_limit = replay_limit;
     atomic_store(&slot->check_at, UINT64_MAX);
+    atomic_store(&slot->look_at, UINT64_MAX);
     /* Programs that live for one call each must not all begin with the same member. */
     atomic_store(&slot->turn, (uint32_t)getpid());
     atomic_store(&slot->login, CK_UNAVAILABLE_INFORMATION);
@@ -77,6 +78,34 @@ void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns)
     atomic_store(&slot->check_at, monotonic_ns);
 }
 
+void ha_slot_look_at(ha_slot *slot, unsigned long long monotonic_ns)
+{
+    atomic_store(&slot->look_at, monotonic_ns);
+}
+
+void ha_slot_share(ha_slot *slot, int member, unsigned share)
+{
+    uint32_t bit = 1U << member;
+    if (share) atomic_fetch_and(&slot->trials, ~bit);
+    atomic_store(&slot->share[member], (uint8_t)share);
+    if (share < HA_WHOLE)
+        atomic_fetch_or(&slot->limited, bit);
+    else
+        atomic_fetch_and(&slot->limited, ~bit);
+}
+
+void ha_slot_try(ha_slot *slot, int member)
+{
+    atomic_fetch_and(&slot->trials_ended, ~(1U << member));
+    atomic_fetch_or(&slot->trials, 1U << member);
+}
+
+int ha_slot_trial(ha_slot *slot, int member)
+{
+    if (atomic_load(&slot->trials) >> member & 1) return 0;
+    return atomic_load(&slot->trials_ended) >> member & 1 ? 2 : 1;
+}
+
 void ha_slot_login(ha_slot *slot, CK_ULONG user, int write_protected)
 {
     atomic_store(&slot->login, user);
@@ -92,6 +121,50 @@ static int nth(uint32_t mask, unsigned n)
 {
     while (n--) mask &= mask - 1;
     return __builtin_ctz(mask);
+}
+
+/* An operation that begins here, and that another member can begin anew should this one fail. */
+static bool may_be_trial(const ha_call *call)
+{
+    const struct ha_row *row = &ha_rows[call->row];
+    return row->phase == HA_PHASE_INIT && !call->session->active && !call->tried;
+}
+
+/*
+ * Of the members that can do it, those that take it: an ejected one only what no other can, its trial, or what it has
+ * the rest of; one that has been tried its share, by chance.  What is made goes where it would go, however slow that
+ * is: it must not be scattered.
+ */
+RARE uint32_t ha_slot_limit(const ha_call *call, uint32_t may)
+{
+    ha_slot *slot = call->slot;
+    ha_session *session = call->session;
+    const struct ha_row *row = &ha_rows[call->row];
+    uint32_t limited = atomic_load(&slot->limited) & may, ejected = 0, passed = 0;
+    if (!limited || call->alone || call->creates_token || (row->gathers && may & session->made)) return may;
+    for (uint32_t left = limited; left; left &= left - 1) {
+        unsigned share = atomic_load(&slot->share[__builtin_ctz(left)]);
+        if (!share)
+            ejected |= left & -left;
+        else if (ha_session_chance(session) % HA_WHOLE >= share)
+            passed |= left & -left;
+    }
+    uint32_t trial = ejected & atomic_load(&slot->trials);
+    trial &= -trial;
+    if (trial && may_be_trial(call) && atomic_fetch_and(&slot->trials, ~trial) & trial) {
+        session->trial = trial;
+        return trial;
+    }
+    if (may & ~ejected) may &= ~ejected;
+    return may & ~passed && !row->primary ? may & ~passed : may;
+}
+
+/* Not before the last call of its operation. */
+void ha_trial_end(ha_session *session)
+{
+    if (session->active) return;
+    atomic_fetch_or(&session->slot->trials_ended, session->trial);
+    session->trial = 0;
 }
 
 /* The next of several members: see ha_slot_choose.  Turns are counted among the candidates and go on behind the one

@@ -35,6 +35,7 @@ Balance = Literal["least-busy", "round-robin", "primary-first"]
 Replication = Literal["none", "domain"]
 Escrow = Literal["token", "none"]
 SessionKeys = Literal["pin", "replicate"]
+Outlier = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,14 @@ class GroupConfig:
     escrow: Escrow
     session_keys: SessionKeys
     replay_limit_bytes: int
+    outlier: Outlier
+    outlier_interval_s: float
+    outlier_min_calls: int
+    outlier_latency_factor: float
+    outlier_ratio: float
+    eject_base_s: float
+    eject_max_s: float
+    slow_start_s: float
 
 
 @dataclass(frozen=True)
@@ -269,6 +278,12 @@ _BYTES = _form(
     "a whole number of bytes, 0 or more, 1 GiB at most",
     lambda given: _is_number(given) and isinstance(given, int) and 0 <= given <= 1 << 30,
 )
+_CALLS = _form(
+    "a whole number from 1 to 1000000",
+    lambda given: _is_number(given) and isinstance(given, int) and 1 <= given <= 1_000_000,
+)
+_FACTOR = _form("a number from 1.5 to 1000", lambda given: _is_number(given) and 1.5 <= given <= 1000)
+_SHARE = _form("a number above 0, 1 at most", lambda given: _is_number(given) and 0 < given <= 1)
 # A name becomes part of paths, where "." and ".." are something else.
 _NAME = _form(
     "a name of letters, digits and . _ -",
@@ -406,6 +421,65 @@ OPTIONS = (
         _BYTES,
         REPLAY_LIMIT,
         "Input of one operation that is kept, in locked memory, so that it can go on on another member.",
+    ),
+    Option(
+        "group",
+        "outlier",
+        _choice(get_args(Outlier)),
+        "auto",
+        "Whether members much slower or more faulty than their peers are ejected for a while ([circuit-breaking.md]"
+        '(circuit-breaking.md)); "auto": with three active members or more.',
+    ),
+    Option(
+        "group",
+        "outlier_interval_s",
+        _SECONDS,
+        10,
+        "Seconds between two comparisons of the members (Envoy's `interval`).",
+    ),
+    Option(
+        "group",
+        "outlier_min_calls",
+        _CALLS,
+        20,
+        "Calls that a member must have had to be judged (Hystrix's `requestVolumeThreshold`).",
+    ),
+    Option(
+        "group",
+        "outlier_latency_factor",
+        _FACTOR,
+        5,
+        "A call is slow that takes so many times as long as the median of the peers' for the same work.",
+    ),
+    Option(
+        "group",
+        "outlier_ratio",
+        _SHARE,
+        0.2,
+        "A member is ejected for so much larger a share of slow, or of failing, calls than its peers have"
+        " (Resilience4j's `slowCallRateThreshold`, `failureRateThreshold`).",
+    ),
+    Option(
+        "group",
+        "eject_base_s",
+        _SECONDS,
+        30,
+        "Seconds of an ejection, times their number in a row (Envoy's `base_ejection_time`).",
+    ),
+    Option(
+        "group",
+        "eject_max_s",
+        _SECONDS,
+        300,
+        "Seconds of an ejection at most (Envoy's `max_ejection_time`).",
+    ),
+    Option(
+        "group",
+        "slow_start_s",
+        _SECONDS,
+        30,
+        "Seconds in which the share of an admitted member grows to the whole (HAProxy's `slowstart`, Envoy's"
+        " `slow_start_window`).",
     ),
 )
 """Every option there is: what is not here is an unknown key."""

@@ -98,6 +98,14 @@ def test_smallest_configuration_has_the_documented_defaults() -> None:
                 escrow="token",
                 session_keys="pin",
                 replay_limit_bytes=1048576,
+                outlier="auto",
+                outlier_interval_s=10,
+                outlier_min_calls=20,
+                outlier_latency_factor=5,
+                outlier_ratio=0.2,
+                eject_base_s=30,
+                eject_max_s=300,
+                slow_start_s=30,
             ),
         ),
     )
@@ -144,6 +152,14 @@ min_copies = 2
 escrow = "none"
 session_keys = "replicate"
 replay_limit_bytes = 0
+outlier = "on"
+outlier_interval_s = 1
+outlier_min_calls = 100
+outlier_latency_factor = 2.5
+outlier_ratio = 0.5
+eject_base_s = 2
+eject_max_s = 3.5
+slow_start_s = 4
 """
 
 
@@ -171,6 +187,14 @@ def test_every_option_can_be_set() -> None:
         GroupConfig(
             *("prod", "1599447001", "", "K6 Base", ("east",), ("spare",)),
             *("primary-first", "domain", 2, "none", "replicate", 0),
+            outlier="on",
+            outlier_interval_s=1,
+            outlier_min_calls=100,
+            outlier_latency_factor=2.5,
+            outlier_ratio=0.5,
+            eject_base_s=2,
+            eject_max_s=3.5,
+            slow_start_s=4,
         ),
     )
 

@@ -192,7 +192,7 @@ class World:
             f'[[member]]\nname = "{name}"\nmodule = "/none"\ntoken = "pkcs11:token={name}"'
             for name in members
         )
-        text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {list(members)}'
+        text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {list(members)}\noutlier = "off"'
         text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}"
         text += f"\nconnect_timeout_s = {connect_timeout_s}"
         flags = 0 if threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS

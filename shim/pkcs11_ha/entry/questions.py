@@ -11,6 +11,7 @@ from pkcs11_ha.core.policy import Answer, Verdict, judge
 from pkcs11_ha.entry.life import current, slot_by_id, slot_of
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import login, native
+from pkcs11_ha.runtime.breaker import count_fault
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
@@ -36,6 +37,11 @@ def check(native_slot: Any) -> None:
     current().check(slot_by_id(native.lib.ha_slot_id(native_slot)))
 
 
+def look(native_slot: Any) -> None:
+    """It is time to compare the members."""
+    current().look(slot_by_id(native.lib.ha_slot_id(native_slot)))
+
+
 def decide(call: Any) -> int:
     """A member's answer was not clean: repair, move on, or let it stand."""
     slot = _slot(call)
@@ -56,6 +62,8 @@ def decide(call: Any) -> int:
             repaired=frozenset(c for c, bit in _REPAIR_BIT.items() if call.repairs & bit),
         )
     )
+    if verdict is not Verdict.ANSWER:
+        count_fault(member, code)
     if code in _REPAIR_BIT:
         call.repairs |= _REPAIR_BIT[code]
     return _CARRY_OUT[verdict](call, slot, member)
@@ -358,6 +366,7 @@ def last_session_closed(native_slot: Any) -> None:
 
 HANDLERS: dict[str, Callable[..., int | None]] = {
     "check": check,
+    "look": look,
     "no_member": no_member,
     "locate": locate,
     "decide": decide,

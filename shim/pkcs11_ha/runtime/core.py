@@ -14,7 +14,7 @@ from pkcs11_ha import __version__, ck, config
 from pkcs11_ha.core import recovery
 from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
 from pkcs11_ha.log import Event, Log, open_log
-from pkcs11_ha.runtime import identity_file, login, native
+from pkcs11_ha.runtime import breaker, identity_file, login, native
 from pkcs11_ha.runtime.library import Libraries
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import OutOfTime
@@ -138,6 +138,11 @@ class Core:
                 self.leave_out,
                 state_dir,
             )
+            rule = breaker.rule_of(group)
+            if rule is not None:
+                slot.breaker = breaker.Breaker(
+                    slot.native, group.label, members, rule, self.log, self.clock()
+                )
             slots.append(slot)
         identity_file.remember(state_dir, learnt)
         self._publish(slots)
@@ -210,6 +215,14 @@ class Core:
         with self.lock:
             member.outage = recovery.after_failure(member.outage, self.clock(), pin_refused=True)
             self._publish(self.slots_of(member))
+
+    # ---- outliers ----
+
+    def look(self, slot: VirtualSlot) -> None:
+        """Compares a group's members, if it is time to: who is ejected, tried, admitted."""
+        with self.lock:
+            if slot.breaker is not None and not self.stopping and self.clock() >= slot.breaker.due_ns:
+                slot.breaker.step(self.clock())
 
     # ---- recovery ----
 
@@ -316,6 +329,7 @@ class Core:
                 if self.changed.wait_for(lambda: self.stopping, _IDLE_STEP_S):
                     return
             for slot in self.slots.values():
+                self.look(slot)
                 if any(self._is_due(member) for member in slot.members):
                     self.check(slot)
 

@@ -14,6 +14,7 @@ from pkcs11_ha.core.policy import Standing, serving
 from pkcs11_ha.core.recovery import NEVER_NS
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.breaker import Breaker
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.objects import ObjectMap
 from pkcs11_ha.runtime.party import LeaveOut, Party
@@ -76,6 +77,7 @@ class VirtualSlot:
         self.tend_at_ns = (
             0 if self.replication else NEVER_NS
         )  # when to look for what other processes left open
+        self.breaker: Breaker | None = None
         self.serving_mask = 0
         self.present = False
         self.published = False
@@ -134,6 +136,8 @@ class VirtualSlot:
         there = sum(1 << i for i, m in enumerate(self.members) if m.state is MemberState.UP)
         native.lib.ha_slot_serving(self.native, mask, there)
         native.lib.ha_slot_check_at(self.native, check_at_ns)
+        if self.breaker is not None:
+            self.breaker.publish(mask)
         for index, member in enumerate(self.members):
             if self._is_standby(index) and (mask ^ before) >> index & 1:
                 promoted = mask >> index & 1

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from .functions import FUNCTIONS, Deadline, Effect, Function, Op, Phase, Role, Route
+from .functions import FUNCTIONS, Deadline, Effect, Function, Op, Phase, Role, Route, deadline_class
 from .mechanisms import (
     BYTES,
     KEY_DERIVATION_ARRAYS,
@@ -38,6 +38,7 @@ _QUESTIONS = {
     "no_member": "ha_call *call",
     "locate": "ha_call *call",
     "decide": "ha_call *call",
+    "look": "ha_slot *slot",
     "settled": "ha_call *call",
     "operation_lost": "ha_call *call",
     "adopt": "ha_call *call, CK_OBJECT_HANDLE made, CK_OBJECT_HANDLE *object",
@@ -131,6 +132,8 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
     session = ""
     for role, name, following in _pairs(row, arguments):
         passed = name
+        if role in (Role.IN, Role.FILL):
+            before.append(f"call.size += {following};")
         match role:
             case Role.SESSION:
                 session, passed = name, "call.member_session"
@@ -349,6 +352,7 @@ def _rows(prototypes: Prototypes) -> str:
             f".primary = {str(row.primary).lower()}",
             f".gathers = {str(row.effect is Effect.CREATE or row.name == 'C_DigestInit').lower()}",
             f".keep = {str(_replayable(row)).lower()}",
+            f".deadline = HA_DEADLINE_{deadline_class(row).name}",
         ]
         if bad:
             fields.append(f".bad_object = {{{', '.join(bad)}}}")
@@ -437,7 +441,7 @@ def functions_header(prototypes: Prototypes) -> str:
         f"    HA_ROW_OBJECTS = {objects}\n}};\n\n"
         f"enum {{ {phases} }};\n\n"
         f"enum {{ {deadlines}, HA_DEADLINES }}; /* how patient a member's caller is */\n\n"
-        "struct ha_row {\n    uint32_t ops;\n    uint8_t phase;\n    bool primary, gathers, keep;\n"
+        "struct ha_row {\n    uint32_t ops;\n    uint8_t phase, deadline;\n    bool primary, gathers, keep;\n"
         "    uint16_t bad_object[HA_ROW_OBJECTS];\n};\n\n"
         "extern const unsigned ha_init_rows[HA_OPS];\nextern const CK_FLAGS ha_cancel_flags[HA_OPS];\n\n"
         f"#define HA_FUNCTION_NAMES(F) \\\n{names}\n\n#define HA_NATIVE_FUNCTIONS(F) \\\n{native}\n\n#endif\n"
