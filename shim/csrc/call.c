@@ -173,12 +173,13 @@ static RARE int choose(const ha_call *call, uint32_t may)
     return ha_slot_choose(call->session, may, row->primary || call->creates_token);
 }
 
-/* The usual way: a first choice, every handle known, the session open there. False: nothing was done. */
+/* The usual way: a first choice, every handle known, the session open there. False: nothing was done, and after a repair
+ * nothing is chosen anew: it is the repaired member that is to show whether it is cured. */
 static inline bool route_at_once(ha_call *call)
 {
     const ha_session *session = call->session;
     const ha_slot *slot = call->slot;
-    if (call->tried || call->translate) return false;
+    if (call->tried || call->repairs || call->translate) return false;
     const bool bound = is_bound(call);
     if (bound) {
         call->member = session->member;

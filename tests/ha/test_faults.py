@@ -255,6 +255,16 @@ def test_member_that_forgot_all_sessions_and_the_login_is_repaired(two: Two) -> 
     assert two.east.shared.pin_failures == 0
 
 
+def test_members_that_all_forgot_their_sessions_are_all_repaired(make_two: TwoFactory) -> None:
+    """At once, as when the network between has closed what was idle: what cures one says nothing about the other."""
+    two = make_two(balance="round-robin")
+    right = two.sign()
+    for member in (two.east, two.west):
+        member.shared.forget_sessions += 1
+    assert [two.sign() for _ in range(4)] == [right] * 4
+    assert two.app.events("member.lost") == []
+
+
 def test_member_that_knows_no_session_any_more_is_lost(two: Two) -> None:
     right = two.sign()
     two.east["C_SignInit"].answers(p11.CKR_SESSION_HANDLE_INVALID)
