@@ -7,6 +7,7 @@ CHAOS ?= 2000
 CHAOS_OPERATIONS ?= 1000000
 CHAOS_SEED ?=
 FUZZ_SECONDS ?= 60
+LEAKS ?= 10000 1000000
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
@@ -14,7 +15,7 @@ C_FILES = $(wildcard shim/csrc/*.[ch] shim/worker/*.[ch] include/*.h demo/*.[ch]
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-demo build test demo bench lint format asan tsan fuzz chaos install clean
+.PHONY: help setup setup-demo build test demo bench lint format asan tsan valgrind leaks fuzz chaos install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -54,17 +55,23 @@ format: setup ## put Python and C into the form that lint wants
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# Our C under a sanitizer, the same tests. Its runtime must be in a process before our module is, and the interpreter
-# has leaks of its own at exit.
-asan: setup ## the tests with AddressSanitizer
-	$(BIN)/python build.py --sanitize=address
-	PKCS11_HA_MODULE=$(CURDIR)/build/asan/libpkcs11-ha.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
-	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 $(BIN)/pytest
+# Our C under a sanitizer, the same tests. Its runtime must be in a process before our module is. What is lost is looked
+# for in the programs in C that end by themselves (tests/boundary/test_lost_memory.py), whoever else is in the process loses things.
+SANITIZED = $(BIN)/python build.py --sanitize=$(1) && PKCS11_HA_MODULE=$(CURDIR)/build/$(2)/libpkcs11-ha.so \
+    LD_PRELOAD=$$($(CC) -print-file-name=lib$(2).so)
 
-tsan: setup ## the tests with ThreadSanitizer
-	$(BIN)/python build.py --sanitize=thread
-	PKCS11_HA_MODULE=$(CURDIR)/build/tsan/libpkcs11-ha.so LD_PRELOAD=$$($(CC) -print-file-name=libtsan.so) \
-	    TSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest
+asan: setup ## the tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call SANITIZED,address,asan) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest $(TESTS)
+
+tsan: setup ## many threads in our C with ThreadSanitizer
+	$(call SANITIZED,thread,tsan) TSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest $(TESTS)
+
+valgrind: setup build ## programs in C under valgrind, the long stories too
+	P11HA_VALGRIND=1 $(BIN)/pytest tests/boundary/test_lost_memory.py
+
+leaks: setup build ## 10,000 lives of the module and 1,000,000 sessions; LEAKS="100 5000" for fewer
+	P11HA_LEAKS='$(LEAKS)' $(BIN)/pytest -s tests/boundary/test_leaks.py
 
 fuzz: setup ## libFuzzer on the boundary and the worker protocol; FUZZ_SECONDS=600 for longer than a minute each
 	$(BIN)/python build.py --sanitize=fuzzer

@@ -47,6 +47,11 @@ WARNINGS = (
 )
 # -O2: the data plane is nanoseconds.  Hidden by default: the version script is a second lock on the same door.
 COMMON = "-std=gnu11 -g -fPIC -fvisibility=hidden -fno-plt -pthread -D_GNU_SOURCE".split()
+# What is undefined ends the program, as what is out of bounds does: a line that goes by is read by nobody.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
 
 
 def write(path: Path, text: str) -> None:
@@ -151,7 +156,7 @@ def compiler(sanitize: str) -> list[str]:
         how = "-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -D__SANITIZE_ADDRESS__=1"
         return ["clang", "-O1", *how.split(), "-fno-omit-frame-pointer"]
     if sanitize:
-        return ["cc", "-O1", f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
+        return ["cc", "-O1", *SANITIZERS[sanitize], "-fno-omit-frame-pointer"]
     return ["cc", "-O2", "-flto=auto"]
 
 
@@ -238,7 +243,7 @@ def link(out: Path, objects: Sequence[Path], library: Path, sanitize: str) -> No
     hardening = "-Wl,-z,relro,-z,now,-z,nodelete,-z,noexecstack,--no-undefined".split()
     run(
         [
-            "cc", "-shared", "-pthread", *([f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-flto=auto"]),
+            "cc", "-shared", "-pthread", *(SANITIZERS[sanitize] if sanitize else ["-O2", "-flto=auto"]),
             *map(str, objects), "-o", str(library), f"-Wl,--version-script={out / 'exports.map'}",
             "-Wl,-Bsymbolic", f"-Wl,-soname,{library.name}",
             *(["-Wl,-z,nodelete"] if sanitize else hardening), *search, str(directory / name), "-ldl",
@@ -250,7 +255,7 @@ def link_worker(objects: Sequence[Path], worker: Path, sanitize: str) -> None:
     if worker.exists() and worker.stat().st_mtime >= max(path.stat().st_mtime for path in objects):
         return
     # A sanitizer looks for the C++ runtime when it starts, and vendor libraries that throw bring it later.
-    how = [f"-fsanitize={sanitize}", "-Wl,--no-as-needed", "-lstdc++"] if sanitize else ["-O2", "-flto=auto"]
+    how = [*SANITIZERS[sanitize], "-Wl,--no-as-needed", "-lstdc++"] if sanitize else ["-O2", "-flto=auto"]
     fresh = worker.with_name(worker.name + ".new")  # workers of the one before may be running
     hardening = "-Wl,-z,relro,-z,now,-z,noexecstack".split()
     run(["cc", "-pie", "-pthread", *how, *map(str, objects), "-o", str(fresh), *hardening, "-ldl"])
@@ -288,7 +293,7 @@ def copy_backend(runtime: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sanitize", default="", choices=("", "address", "thread", "undefined", "fuzzer"))
+    parser.add_argument("--sanitize", default="", choices=("", *SANITIZERS, "fuzzer"))
     parser.add_argument("--output", type=Path, default=None, help="directory of libpkcs11-ha.so")
     parser.add_argument(
         "--installed", type=Path, default=None, help="where the Python files will be found at run time"
@@ -298,8 +303,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan", "fuzzer": "fuzz"}.get(
-        arguments.sanitize, arguments.sanitize)).resolve()  # fmt: skip
+    output = (arguments.output or ROOT / "build" / {"": ".", "address": "asan", "thread": "tsan", "fuzzer": "fuzz"}[
+        arguments.sanitize]).resolve()  # fmt: skip
     out = output / "gen"
     runtime = output / "runtime"
     where = [str(arguments.installed)] if arguments.installed else [str(SHIM), str(runtime)]

@@ -51,20 +51,38 @@ static size_t find(const char *name)
     return k;
 }
 
-/* Sets all or nothing; 0: no memory or too many. The strings live as long as the process. */
+/* "NAME=VALUE". It lives as long as the process, for somebody may be reading it, and is made once: a member is started
+ * again and again. */
+static char *entry_of(const char *name, const char *value)
+{
+    static struct made {
+        struct made *next;
+        char text[];
+    } *all;
+    size_t name_size = strlen(name), value_size = strlen(value);
+    for (struct made *known = all; known; known = known->next)
+        if (strncmp(known->text, name, name_size) == 0 && known->text[name_size] == '=' &&
+            strcmp(known->text + name_size + 1, value) == 0)
+            return known->text;
+    struct made *fresh = malloc(sizeof *fresh + name_size + value_size + 2);
+    if (!fresh) return NULL;
+    memcpy(fresh->text, name, name_size);
+    fresh->text[name_size] = '=';
+    memcpy(fresh->text + name_size + 1, value, value_size + 1);
+    fresh->next = all;
+    return (all = fresh)->text;
+}
+
+/* Sets all or nothing; 0: no memory or too many. */
 int ha_environ_set(char **names, char **values, unsigned count)
 {
     if (count > ROOM || !adopt()) return 0;
     for (unsigned k = 0; k < count; k++) {
-        size_t name = strlen(names[k]), value = strlen(values[k]);
-        char *entry = malloc(name + value + 2);
+        char *entry = entry_of(names[k], values[k]);
         if (!entry) {
             ha_environ_restore();
             return 0;
         }
-        memcpy(entry, names[k], name);
-        entry[name] = '=';
-        memcpy(entry + name + 1, values[k], value + 1);
         changed[changes].index = find(names[k]);
         changed[changes].before = environ[changed[changes].index];
         __atomic_store_n(&environ[changed[changes].index], entry, __ATOMIC_RELEASE);

@@ -1,0 +1,52 @@
+"""Programs in C under valgrind, or under LeakSanitizer in `make asan`: no error, and nothing is lost when they end.
+
+P11HA_VALGRIND=1 (`make valgrind`) tells the long stories too; without valgrind they are short.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.boundary.conftest import Program
+from tests.boundary.hosts import environment
+from tests.conftest import ROOT, Group
+
+SHORT = ["reload", "lasting MODULE sessions 100"]
+LONG = [
+    "lasting MODULE lives 30",
+    "lasting MODULE objects 300",
+    *(f"threads MODULE {story}" for story in ("start", "end", "churn", "logins")),
+]
+VALGRIND = [
+    *("valgrind", "--quiet", "--error-exitcode=99", "--fair-sched=yes", "--num-callers=20"),
+    *("--leak-check=full", "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"),
+    f"--suppressions={ROOT / 'tests' / 'valgrind.supp'}",
+]
+LEAKS = {
+    "ASAN_OPTIONS": "detect_leaks=1:fast_unwind_on_malloc=0",
+    "LSAN_OPTIONS": f"print_suppressions=0:suppressions={ROOT / 'tests' / 'lsan.supp'}",
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("story", SHORT + LONG)
+def test_nothing_is_wrong_and_nothing_is_lost(
+    story: str, program: Program, module: Path, signing: Group
+) -> None:
+    """The stories are told in the programs."""
+    kind = module.parent.name
+    if kind == "tsan" or (kind != "asan" and story in LONG and "P11HA_VALGRIND" not in os.environ):
+        pytest.skip("for `make asan` and `make valgrind`")
+    name, _, arguments = story.partition(" MODULE")
+    done = subprocess.run(
+        [*([] if kind == "asan" else VALGRIND), program(name), module, *arguments.split()],
+        env=environment(signing.env) | (LEAKS if kind == "asan" else {}),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
