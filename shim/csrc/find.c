@@ -126,6 +126,8 @@ CK_RV native_C_FindObjectsInit(CK_SESSION_HANDLE hSession, CK_ATTRIBUTE_PTR pTem
         if (call.rv == CKR_OK) call.rv = identify(&call, &found, &all);
         if (call.rv == CKR_OK)
             answered |= bit;
+        else if (call.rv == CKR_OPERATION_ACTIVE)
+            rv = call.rv; /* no search beside its operation: what the others find would be taken for all there is */
         else if (!verdict.first_rv)
             verdict.first_rv = call.rv;
         verdict.suspects |= call.suspects;

@@ -365,3 +365,20 @@ def test_keys_found_in_one_session_serve_in_another(pair: Pair, start: StartFact
     key = session.find_one(private("ec"))
     other = app.open(rw=False)
     pair.keys.check_ec(other.sign(p11.CKM_ECDSA, key, DIGEST))
+
+
+def test_search_beside_an_operation_finds_all_or_says_that_it_cannot(
+    tokens: tuple[SoftToken, SoftToken], app: Application
+) -> None:
+    """SoftHSM allows none. What the other member finds is not all there is."""
+    with bare(tokens[1]) as session:
+        session.create(NOTE)
+    served = set()
+    for _ in range(2):
+        session = app.open()
+        session.init("C_DigestInit", p11.CKM_SHA256)
+        served.add(app.served(session))
+        assert code(partial(session.find, {p11.CKA_LABEL: "note"})) == "CKR_OPERATION_ACTIVE"
+        session.output("C_Digest", DATA, len(DATA))
+        assert len(session.find({p11.CKA_LABEL: "note"})) == 1
+    assert served == {"east", "west"}
