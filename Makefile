@@ -8,6 +8,8 @@ CHAOS_OPERATIONS ?= 1000000
 CHAOS_SEED ?=
 FUZZ_SECONDS ?= 60
 LEAKS ?= 10000 1000000
+TESTS ?=
+THREADED := tests/boundary/test_threads.py tests/ha/test_stress.py tests/worker
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
@@ -55,8 +57,8 @@ format: setup ## put Python and C into the form that lint wants
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# Our C under a sanitizer, the same tests. Its runtime must be in a process before our module is. What is lost is looked
-# for in the programs in C that end by themselves (tests/boundary/test_lost_memory.py), whoever else is in the process loses things.
+# Our C under a sanitizer, whose runtime must be in a process before our module is. What is lost is looked for in programs in
+# C alone (tests/boundary/test_lost_memory.py): a Python at its end has lost much of its own.
 SANITIZED = $(BIN)/python build.py --sanitize=$(1) && PKCS11_HA_MODULE=$(CURDIR)/build/$(2)/libpkcs11-ha.so \
     LD_PRELOAD=$$($(CC) -print-file-name=lib$(2).so)
 
@@ -65,7 +67,8 @@ asan: setup ## the tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest $(TESTS)
 
 tsan: setup ## many threads in our C with ThreadSanitizer
-	$(call SANITIZED,thread,tsan) TSAN_OPTIONS=halt_on_error=1 $(BIN)/pytest $(TESTS)
+	$(call SANITIZED,thread,tsan) TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/tests/tsan.supp \
+	    $(BIN)/pytest $(or $(TESTS),$(THREADED))
 
 valgrind: setup build ## programs in C under valgrind, the long stories too
 	P11HA_VALGRIND=1 $(BIN)/pytest tests/boundary/test_lost_memory.py

@@ -1,7 +1,7 @@
 """The module against models of a few lines: hypothesis draws what happens, and both must say the same.
 
-P11HA_MODELS=20 draws twenty times as much, another each time, and shortens what fails. Without it what is drawn is always
-the same, and told as it was drawn: to shorten it takes minutes of real deaths.
+P11HA_MODELS=20 draws twenty times as much, another each time, and shortens what fails. Without it, what is drawn is
+always the same, and told as it was drawn: to shorten it takes minutes of real deaths.
 """
 
 import os
