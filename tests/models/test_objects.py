@@ -1,8 +1,8 @@
 """Objects of a group against their reference: of the token and of sessions, over two sessions and deaths of members.
 
-Without replication an object lives on the members that were there when it was made: while all of these are away it is not
-found, and its handle says so; and an object of a session dies with them. With replication, one of the token lives as
-long as one member does.
+Without replication an object lives on the members that were there when it was made: while all of these are away it is
+not found, and its handle says so; one of a session dies with them, unless it can be made again. With replication one of
+the token lives as long as one member does.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ which = st.integers(0, 7)
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: the session that made it if it is that one's, and the members that it lives on."""
+    """An object: the session that made it if it is that one's, the members that it lives on, and whether it is as the
+    call that created it says: one of a session can then be made again."""
 
     label: str
     value: bytes
     session: int | None
     homes: frozenset[str]
+    as_created: bool
 
 
 class Machine(RuleBasedStateMachine):
@@ -95,9 +97,20 @@ class Machine(RuleBasedStateMachine):
         working_until(lambda: self.sessions[0].find({}), lambda: self.app.away() == {name}, "it is lost")
         for handle, thing in list(self.things.items()):
             if thing.session is not None:
-                self.things[handle] = left = replace(thing, homes=thing.homes - {name})
-                if not left.homes:
-                    self.gone(handle)
+                self.things[handle] = replace(thing, homes=thing.homes - {name})
+                self.left_without_home(handle)
+
+    def left_without_home(self, handle: int) -> None:
+        """A session object whose members have all died since: its first use makes it again, if that can be."""
+        thing = self.things[handle]
+        if thing.session is None or thing.homes:
+            return
+        if thing.as_created:
+            label, value = self.sessions[thing.session].get(handle, p11.CKA_LABEL, p11.CKA_VALUE)
+            assert (label, value) == (thing.label.encode(), thing.value)
+            self.things[handle] = replace(thing, homes=frozenset(self.members.running))
+        else:
+            self.gone(handle)
 
     def return_(self) -> None:
         working_until(lambda: self.sessions[0].random(1), lambda: not self.app.away(), "the member is back")
@@ -117,8 +130,8 @@ class Machine(RuleBasedStateMachine):
     @rule(by=st.integers(0, 1), token=st.booleans(), label=names, value=names)
     def create(self, by: int, token: bool, label: str, value: str) -> None:
         session = None if token else by
-        thing = Thing(label, value.encode(), session, self.homes(session))
-        template = {
+        thing = Thing(label, value.encode(), session, self.homes(session), as_created=True)
+        template: p11.Template = {
             p11.CKA_CLASS: p11.CKO_DATA,
             p11.CKA_TOKEN: token,
             p11.CKA_PRIVATE: False,
@@ -142,7 +155,7 @@ class Machine(RuleBasedStateMachine):
             return  # those that are away would keep what it was
         assert code(lambda: self.sessions[by].set(handle, {p11.CKA_LABEL: label})) == expected
         if thing and expected == "CKR_OK":
-            self.things[handle] = replace(thing, label=label)
+            self.things[handle] = replace(thing, label=label, as_created=False)
 
     @rule(by=st.integers(0, 1), which=which)
     def get(self, by: int, which: int) -> None:
@@ -163,7 +176,7 @@ class Machine(RuleBasedStateMachine):
             assert thing
             session = None if thing.session is None else by
             homes = self.homes(session) & thing.homes  # a copy is made where its source is
-            self.made(each, replace(thing, label=label, session=session, homes=homes))
+            self.made(each, replace(thing, label=label, session=session, homes=homes, as_created=False))
 
     @rule(by=st.integers(0, 1))
     def close(self, by: int) -> None:
