@@ -166,8 +166,8 @@ def test_faulty_member_is_ejected(trio: TrioFactory) -> None:
 
 
 def test_forgeries_eject_nobody(trio: TrioFactory) -> None:
-    """An answer that may be the request's fault is no fault of the member's, not even where one alone gives it; nor is an
-    operation that it leaves behind (a scripted answer ends none)."""
+    """An answer that may be the request's fault is no fault of the member's, not even where one alone gives it; nor is
+    an operation that it leaves behind (a scripted answer ends none)."""
     it = trio(**(AWAY | {"outlier_min_calls": 1, "outlier_ratio": 0.1}))
     it.north["C_Sign"].answers(p11.CKR_GENERAL_ERROR)
     for token in it.tokens[:2]:

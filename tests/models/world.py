@@ -107,7 +107,8 @@ class World:
             for name in members
         )
         active = [name for name in members if name not in standby]
-        text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {active}\nstandby = {list(standby)}\noutlier = "off"'
+        text += f'\n[[group]]\nlabel = "prod"\nserial = "1"\nmembers = {active}\nstandby = {list(standby)}'
+        text += '\noutlier = "off"'
         text += f"\n[recovery]\ninterval_s = {interval_s}\nattempts = {attempts}"
         text += f"\nconnect_timeout_s = {connect_timeout_s}"
         flags = 0 if threads else ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
