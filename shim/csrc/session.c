@@ -288,7 +288,7 @@ CK_RV native_C_OpenSession(CK_SLOT_ID slotID, CK_FLAGS flags, CK_VOID_PTR pAppli
 static void retire(ha_session *session)
 {
     ha_slot *slot = session->slot;
-    if (session->owns) ha_core.session_closing(session);
+    if (session->made) ha_core.session_closing(session); /* also what has died since */
     for (unsigned m = 0; m < slot->count; m++)
         if (session->at[m].epoch) give_back(session, (int)m);
     ha_session_end_operations(session, (1U << HA_OPS) - 1);

@@ -15,7 +15,7 @@ from tests.fault import Fault
 from tests.ha import operations
 from tests.ha.app import SOON, working_until
 from tests.ha.conftest import StartFactory
-from tests.ha.keys import DIGEST, Keys
+from tests.ha.keys import DIGEST, Keys, secret
 from tests.ha.operations import Use
 
 Tokens = tuple[SoftToken, SoftToken]
@@ -90,6 +90,42 @@ def test_each_object_is_found_once_as_before(begin: Begin, rule: str) -> None:
     working_until(lambda: work(use, 1), fault.injected, "the fault is injected")
     working_until(lambda: work(use, 1), lambda: use.app.away() == set(), "all are there")
     assert sorted(use.session.find({})) == before
+
+
+def session_objects(use: Use) -> None:
+    """Made of a template, copied, unwrapped, used, and destroyed."""
+    operations.unwrap(use)
+    template = secret(p11.CKK_AES, bytes(16), "of a session", b"", p11.CKA_ENCRYPT, token=False)
+    key = use.session.create(template)
+    copy = use.session.copy(key, {p11.CKA_LABEL: "its copy"})
+    for handle in (key, copy):
+        assert use.session.encrypt(p11.CKM_AES_ECB, handle, bytes(16)) == AES_OF_ZEROS
+        use.session.destroy(handle)
+        with pytest.raises(p11.CkError, match="CKR_OBJECT_HANDLE_INVALID"):
+            use.session.destroy(handle)
+
+
+AES_OF_ZEROS = bytes.fromhex("66e94bd4ef8a2c3b884cfa59ca342b2e")  # FIPS 197's cipher, key and block zero
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(f"{name} times 1 session lost" for name in ("C_CreateObject", "C_CopyObject", "C_UnwrapKey")),
+        *(f"C_GetAttributeValue after {after} times 1 session lost" for after in range(3)),
+        "C_GetAttributeValue times 1 token lost",
+        "C_DestroyObject times 1 session lost",
+        "C_DestroyObject times 1 token lost",
+    ],
+)
+def test_session_objects_are_made_and_destroyed_whatever_their_member_loses(begin: Begin, rule: str) -> None:
+    """The answer is never about a session or an object of the member's own."""
+    use, fault = begin("process")
+    session_objects(use)
+    fault.script(rule)
+    working_until(lambda: session_objects(use), fault.injected, "the fault is injected")
+    session_objects(use)
+    assert use.session.find({p11.CKA_TOKEN: False}) == []
 
 
 DEATHS = ["crash", "abort", "exit 3", "kill", "hang", "late crash", "late hang"]

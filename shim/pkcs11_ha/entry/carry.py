@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pkcs11_ha import ck
+from pkcs11_ha.entry.questions import AGAIN, decide
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import VirtualSlot
 from pkcs11_ha.spec.functions import INDEX
 
@@ -38,20 +40,49 @@ class Carried:
         self.call.tried = 0xFFFFFFFF & ~(1 << self.slot.index(member))
         return self
 
-    def run(self, forward: Callable[[Any, Any], int]) -> int:
-        """`forward(function, call)` is the vendor's call; the return value is the application's."""
-        call = self.call
+    def run(
+        self,
+        forward: Callable[[Any, Any], int],
+        after: Callable[[], None] | None = None,
+        *,
+        once: bool = False,
+    ) -> int:
+        """`forward(function, call)` is the vendor's call; the return value is the application's.
+
+        `after()` is what the core does on that member with what the call made there.  A member that fails at it, or is
+        lost meanwhile, has not done the call: it is made again, unless `once` says that the first object may stay.
+        """
         try:
-            while native.lib.ha_call_next(call):
-                function = native.ffi.cast(f"CK_{self.name}", call.function)
-                rv = ck.CKR_FUNCTION_FAILED  # should Python not get to the end of it
+            while True:
+                self._forward(forward)
+                if after is None or self.call.rv != ck.CKR_OK:
+                    return int(self.call.rv)
                 try:
-                    rv = forward(function, call)
-                finally:
-                    native.lib.ha_call_answer(call, rv)
+                    after()
+                    return ck.CKR_OK
+                except CkError as error:
+                    if once or not self._comes_again(error):
+                        raise
         finally:
-            native.lib.ha_call_free(call)
-        return int(call.rv)
+            native.lib.ha_call_free(self.call)
+
+    def _forward(self, forward: Callable[[Any, Any], int]) -> None:
+        call = self.call
+        while native.lib.ha_call_next(call):
+            function = native.ffi.cast(f"CK_{self.name}", call.function)
+            rv = ck.CKR_FUNCTION_FAILED  # should Python not get to the end of it
+            try:
+                rv = forward(function, call)
+            finally:
+                native.lib.ha_call_answer(call, rv)
+
+    def _comes_again(self, error: CkError) -> bool:
+        call, member = self.call, self.slot.members[self.index]
+        call.rv = error.rv
+        if member.epoch == self.epoch and decide(call) != AGAIN:
+            return False
+        call.finished = 0
+        return True
 
     @property
     def index(self) -> int:

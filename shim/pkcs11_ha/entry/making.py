@@ -15,7 +15,7 @@ from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.attributes import Changed, Filled, said
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
-from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.objects import Recipe, VirtualObject
 from pkcs11_ha.runtime.placing import Seed, SeedLost
 from pkcs11_ha.runtime.replication import Replication
 from pkcs11_ha.runtime.service import mechanism
@@ -65,10 +65,22 @@ class Making:
         carried = Carried(self.name, slot, session, self.objects, self.mechanism)
         return carried if member is None else carried.only(slot.members[member])
 
-    def make(self, carried: Carried, templates: Sequence[Filled]) -> list[int]:
-        """Handles of what was made on the member that `carried` came to.  Raises CkError."""
+    def make(
+        self,
+        carried: Carried,
+        templates: Sequence[Filled],
+        after: Callable[[Sequence[int]], None] | None = None,
+    ) -> list[int]:
+        """Handles of what was made on the member that `carried` came to; `after`, given them, as of `Carried.run`.
+
+        Raises CkError.
+        """
         made = native.ffi.new("CK_OBJECT_HANDLE[]", len(self.templates))
-        rv = carried.run(lambda function, call: self.forward(function, call, templates, made))
+        rv = carried.run(
+            lambda function, call: self.forward(function, call, templates, made),
+            None if after is None else lambda: after([int(handle) for handle in made]),
+            once=bool(carried.call.creates_token),
+        )
         if rv != ck.CKR_OK:
             raise CkError(rv)
         return [int(handle) for handle in made]
@@ -132,18 +144,42 @@ def pinned(slot: VirtualSlot, session: Any, making: Making) -> list[VirtualObjec
         raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "a key that must not be copied, and min_copies above 1")
     carried = making.carried(slot, session)
     carried.call.creates_token = any(wish(*each).get(ck.CKA_TOKEN) == TRUE for each in making.templates)
-    handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
-    known = _adopted(slot, session, carried, handles)
+    known = _made(slot, session, carried, making)
     for each in known:
         slot.objects.pinned(each)
     return known
 
 
-def _adopted(
-    slot: VirtualSlot, session: Any, carried: Carried, handles: Sequence[int]
+def _made(
+    slot: VirtualSlot, session: Any, carried: Carried, making: Making, again: Recipe | None = None
 ) -> list[VirtualObject]:
+    known: list[VirtualObject] = []
+    templates = [Changed(array, count, {}) for array, count in making.templates]
+    making.make(
+        carried, templates, lambda handles: known.extend(adopted(slot, session, carried, handles, again))
+    )
+    return known
+
+
+def adopted(
+    slot: VirtualSlot,
+    session: Any,
+    carried: Carried,
+    handles: Sequence[int],
+    again: Recipe | None = None,
+) -> list[VirtualObject]:
+    """What a call has made, as the application knows it: all or nothing.  Raises CkError."""
     owner = int(native.lib.ha_session_handle(session))
-    known = [slot.objects.adopt(carried.index, carried.epoch, carried.session, h, owner) for h in handles]
+    known: list[VirtualObject] = []
+    try:
+        known.extend(
+            slot.objects.adopt(carried.index, carried.epoch, carried.session, handle, owner, again)
+            for handle in handles
+        )
+    except CkError:
+        for each in known:
+            slot.objects.drop(each)
+        raise
     if not all(each.identity.token for each in known):
         native.lib.ha_session_own(session, carried.index)
     return known
@@ -267,12 +303,8 @@ def _in_session(
     can_change = replication is not None and replication.group.session_keys == "replicate"
     if replication and can_change and by_chance and len(wishes) == 1:
         return [_wrapped_in_session(slot, session, making, wishes[0], replication)]
-    carried = making.carried(slot, session)
-    handles = making.make(carried, [Changed(array, count, {}) for array, count in making.templates])
-    known = _adopted(slot, session, carried, handles)
-    if not by_chance and not is_stateful(None, wishes[0]):
-        known[0].recipe = recipe(making)
-    return known
+    again = None if by_chance or is_stateful(None, wishes[0]) else recipe(making)
+    return _made(slot, session, making.carried(slot, session), making, again)
 
 
 def _wrapped_in_session(
@@ -281,7 +313,18 @@ def _wrapped_in_session(
     """A generated session key that can change members: a copy, as wished, of one that could be wrapped."""
     ((array, count),) = making.templates
     carried = making.carried(slot, session)
-    (first,) = making.make(carried, [Changed(array, count, for_seed(wanted, is_key=True))])
+    known: list[VirtualObject] = []
+
+    def finish(handles: Sequence[int]) -> None:
+        known.append(_as_wished(slot, session, carried, handles[0], wanted, replication))
+
+    making.make(carried, [Changed(array, count, for_seed(wanted, is_key=True))], finish)
+    return known[0]
+
+
+def _as_wished(
+    slot: VirtualSlot, session: Any, carried: Carried, first: int, wanted: Template, replication: Replication
+) -> VirtualObject:
     member = slot.members[carried.index]
     try:
         wrapped, template, final = replication.copying.of_session(member, first, wanted)
@@ -293,9 +336,7 @@ def _wrapped_in_session(
             raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "the key cannot be had as wished", member)
     finally:
         member.call("C_DestroyObject", carried.session, first)
-    known = _adopted(slot, session, copying, [copying.made])[0]
-    known.recipe = again
-    return known
+    return adopted(slot, session, copying, [copying.made], again)[0]
 
 
 def _copied(

@@ -15,7 +15,7 @@ from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
-from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.objects import Recipe, VirtualObject
 from pkcs11_ha.runtime.placing import SeedLost
 from pkcs11_ha.runtime.slot import VirtualSlot
 
@@ -41,12 +41,9 @@ def _create_object(handle: int, template: Any, count: int, result: Any) -> int |
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, template, count, made))
 
-    rv = _make("C_CreateObject", slot, session, (), make, result)
-    if rv == ck.CKR_OK:
-        known = slot.objects.get(int(result[0]))
-        if not known.identity.token:
-            known.recipe = making.recipe(call)
-    return rv
+    token = wanted.get(ck.CKA_TOKEN) == TRUE
+    again = None if token else making.recipe(call)
+    return _make("C_CreateObject", slot, session, (), make, result, again, once=token)
 
 
 def _created_everywhere(
@@ -79,7 +76,7 @@ def _copy_object(handle: int, source: int, template: Any, count: int, result: An
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, call.member_object[0], template, count, made))
 
-    return _make("C_CopyObject", slot, session, (source,), make, result)
+    return _make("C_CopyObject", slot, session, (source,), make, result, once=token == TRUE)
 
 
 def _make(
@@ -89,6 +86,9 @@ def _make(
     objects: tuple[int, ...],
     make: Callable[[Any, Any, Any], int],
     result: Any,
+    again: Recipe | None = None,
+    *,
+    once: bool,
 ) -> int:
     """Makes an object on one member and on all others that are there.
 
@@ -96,15 +96,16 @@ def _make(
     before it died, that one is recognised when it returns.
     """
     made = native.ffi.new("CK_OBJECT_HANDLE *")
+    adopted: list[VirtualObject] = []
     first = Carried(name, slot, session, objects)
-    rv = first.run(lambda function, call: make(function, call, made))
+    rv = first.run(
+        lambda function, call: make(function, call, made),
+        lambda: adopted.extend(making.adopted(slot, session, first, [int(made[0])], again)),
+        once=once,
+    )
     if rv != ck.CKR_OK:
         return rv
-    owner = int(native.lib.ha_session_handle(session))
-    known = slot.objects.adopt(first.index, first.epoch, first.session, int(made[0]), owner)
-    token = known.identity.token
-    if not token:
-        native.lib.ha_session_own(session, first.index)
+    known, token = adopted[0], adopted[0].identity.token
     for member in _others(slot, first.index):
         carried = Carried(name, slot, session, objects).only(member)
         rv = carried.run(lambda function, call: make(function, call, made))
@@ -132,6 +133,8 @@ def _partial(slot: VirtualSlot, member: Member, name: str, rv: int) -> None:
 
 def _holders(slot: VirtualSlot, known: VirtualObject) -> list[Member]:
     """Members that are there and have the object, in the group's order; asked, where it is not known."""
+    if not known.identity.token:
+        return [member for member in slot.up() if slot.objects.is_at(known, slot.index(member))]
     holders = []
     for member in slot.up():
         try:
@@ -159,6 +162,8 @@ def _on_every_holder(
         rv = carried.run(act)
         if rv == ck.CKR_OK:
             done.append(carried)
+        elif not known.identity.token and not slot.objects.is_at(known, slot.index(member)):
+            continue  # it went with the session that made it there
         elif not done and member.state is MemberState.UP:
             raise CkError(rv)
         elif member.state is MemberState.UP:
@@ -200,21 +205,28 @@ def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -
 def _destroy_object(handle: int, object_: int) -> None:
     session = native.lib.ha_session_find(handle)
     slot = slot_of(session)
+    if slot.objects.has_died(object_):
+        return
     known = slot.objects.get(object_)
     if slot.replication and known.identity.token:
         slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
         slot.replication.changing.destroy(known)
         return
-    _on_every_holder(
-        "C_DestroyObject",
-        slot,
-        session,
-        known,
-        lambda function, call: int(function(call.member_session, call.member_object[0])),
-    )
+    try:
+        _on_every_holder(
+            "C_DestroyObject",
+            slot,
+            session,
+            known,
+            lambda function, call: int(function(call.member_session, call.member_object[0])),
+        )
+    except CkError:
+        if known.identity.token or any(slot.objects.is_at(known, i) for i in range(len(slot.members))):
+            raise  # else it has died with the last that had it
     away = sum(1 << i for i, m in enumerate(slot.members) if m.state is not MemberState.UP)
     slot.objects.destroyed_while_away(known, away)
     slot.objects.drop(known)
+    slot.objects.has_died(object_)  # meanwhile: that is over, too
 
 
 HANDLERS: dict[str, Callable[..., int | None]] = {

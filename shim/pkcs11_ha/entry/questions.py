@@ -346,8 +346,7 @@ def identify(call: Any, found: Any, count: int, handles: Any) -> None:
 
 def session_closing(session: Any) -> None:
     """Session objects die with the session that made them."""
-    handle = int(native.lib.ha_session_handle(session))
-    slot_of(session).objects.drop_if(lambda known: known.session == handle)
+    slot_of(session).objects.session_closed(int(native.lib.ha_session_handle(session)))
 
 
 def session_objects_lost(session: Any, index: int) -> None:

@@ -17,7 +17,7 @@ from pkcs11_ha.core.proof import USAGE_ATTRIBUTES, Operation, Proof, evidence, p
 from pkcs11_ha.core.template import RESERVED, ulong
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import attributes, native
-from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 
 _BULK = 16  # objects that are new to us: from here on a search for our own pays
@@ -82,6 +82,7 @@ class ObjectMap:
         self.is_one: Callable[[Name, Sequence[Member]], bool] | None = None
         self.returning: set[int] = set()  # members whose objects are being matched
         self.objects: dict[int, VirtualObject] = {}
+        self.died: dict[int, int] = {}  # session objects that went with their member: handle -> session
         self.by_name: dict[Name, list[VirtualObject]] = {}
         self.by_member: list[dict[tuple[int, int], VirtualObject]] = [{} for _ in members]
         self.tombstones: list[list[VirtualObject]] = [
@@ -206,6 +207,17 @@ class ObjectMap:
             for known in [known for known in self.objects.values() if condition(known)]:
                 self.drop(known)
 
+    def has_died(self, handle: int) -> bool:
+        """Whether it was a session object that went with its last member; answered once, to who destroys it."""
+        with self.lock:
+            return self.died.pop(handle, None) is not None
+
+    def session_closed(self, session: int) -> None:
+        """Session objects die with the session that made them."""
+        with self.lock:
+            self.drop_if(lambda known: known.session == session)
+            self.died = {handle: owner for handle, owner in self.died.items() if owner != session}
+
     def session_lost(self, session: int, index: int) -> None:
         """Session objects that a session made on a member die with its counterpart there."""
         with self.lock:
@@ -221,6 +233,7 @@ class ObjectMap:
             self._publish(known)
         else:
             self.drop(known)
+            self.died[known.handle] = known.session
 
     def login_lost(self, index: int) -> None:
         """A member had forgotten the login: after the next, its private objects have other handles (PKCS#11 5.6.9)."""
@@ -370,14 +383,23 @@ class ObjectMap:
             [known for known, match in verdicts if match is Match.UNPROVEN],
         )
 
-    def adopt(self, index: int, epoch: int, session: int, handle: int, owner: int) -> VirtualObject:
+    def adopt(
+        self,
+        index: int,
+        epoch: int,
+        session: int,
+        handle: int,
+        owner: int,
+        recipe: Recipe | None = None,
+    ) -> VirtualObject:
         """A new object that a call made on one member, in that epoch of it.  Raises CkError."""
         member = self.members[index]
-        identity = attributes.who(member, session, handle)
+        identity = self._who_made(member, session, handle)
         self._same_life(member, epoch)
         with self.lock:
             self._unearth(index, identity)
             new = self._new(identity, 0 if identity.token else owner)
+            new.recipe = recipe
             new.made_here, new.homes = True, 1 << index
             new.absent = ((1 << len(self.members)) - 1) & ~(1 << index)
             self._bind(new, index, epoch, handle, proven=True)
@@ -387,6 +409,18 @@ class ObjectMap:
             with suppress(CkError), new.proving:
                 self._witness(new, index)
         return new
+
+    @staticmethod
+    def _who_made(member: Member, session: int, handle: int) -> Identity:
+        """Asked in the session that made it, or, where the member has closed that, in ours: a token object stays."""
+        try:
+            return attributes.who(member, session, handle)
+        except CkError as error:
+            if member.code(error.rv) is Code.SESSION:
+                with suppress(CkError, ConnectError), member.service:
+                    member.is_logged_in()  # which renews the service session
+                    return attributes.who(member, member.session, handle)
+            raise
 
     def also_at(self, known: VirtualObject, index: int, epoch: int, handle: int) -> None:
         """The same object, made on one more member by the same call, in that epoch of it."""
@@ -431,6 +465,11 @@ class ObjectMap:
         self.log(Event(name, self.label, self.members[index].name, details))
 
     # ---- finding on a member ----
+
+    def is_at(self, known: VirtualObject, index: int) -> bool:
+        """Whether its handle there is known, and of the member's present life."""
+        with self.lock:
+            return self._is_current(index, known.at.get(index))
 
     def handle_at(self, known: VirtualObject, index: int) -> int:
         """The object's handle on a member, looked for and proven if need be; 0: it is not there.  Raises CkError."""
