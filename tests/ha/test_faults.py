@@ -336,22 +336,85 @@ def test_key_that_a_member_does_not_know_is_used_on_another(two: Two, name: str)
     assert two.app.away() == set()
 
 
-def test_key_that_is_gone_from_a_member_is_used_on_another(two: Two) -> None:
+def test_key_that_is_gone_from_a_member_is_used_on_another(make_two: TwoFactory) -> None:
+    two = make_two(fakes.secret_key())
     right = two.sign()
-    for place in two.east.shared.object:
-        place.used = 0
+    two.east.shared.object[0].used = 0
     for _ in range(3):
         assert two.sign() == right
         assert two.app.served(two.session) == "west"
     assert two.app.away() == set()
 
 
-def test_key_that_is_gone_from_every_member_is_no_key(two: Two) -> None:
+def test_key_that_is_gone_from_every_member_is_no_key(make_two: TwoFactory) -> None:
+    two = make_two(fakes.secret_key())
     for token in (two.east, two.west):
-        for place in token.shared.object:
-            place.used = 0
+        token.shared.object[0].used = 0
     assert code(two.sign) == "CKR_KEY_HANDLE_INVALID"
     assert two.app.away() == set()
+
+
+@pytest.mark.parametrize("name", ["CKR_MECHANISM_INVALID", "CKR_GENERAL_ERROR", "CKR_DEVICE_REMOVED"])
+def test_key_that_a_member_had_not_for_a_while_is_found_there_when_nobody_else_can(
+    make_two: TwoFactory, name: str
+) -> None:
+    two = make_two(fakes.secret_key())
+    right = two.sign()
+    two.east.shared.object[0].used = 0
+    assert two.sign() == right
+    two.east.shared.object[0].used = 1
+    two.west["C_SignInit"].answers(rv_of(name))
+    for _ in range(2):
+        assert two.sign() == right
+        assert two.app.served(two.session) == "east"
+
+
+def test_key_that_only_an_incapable_member_has_is_looked_for_once_a_call(make_two: TwoFactory) -> None:
+    two = make_two(fakes.secret_key())
+    two.east.shared.object[0].used = 0
+    two.sign()
+    two.west["C_SignInit"].answers(p11.CKR_MECHANISM_INVALID)
+    searches = two.east.calls("C_FindObjectsInit")
+    assert code(two.sign) == "CKR_MECHANISM_INVALID"
+    assert two.east.calls("C_FindObjectsInit") == searches + 2  # for the key, and for anything at all
+    assert two.app.away() == set()
+
+
+def test_member_that_shows_none_of_its_objects_is_taken_in_anew(
+    fake: FakeFactory, start: StartFactory
+) -> None:
+    """A token whose store is away finds nothing, with CKR_OK, and may do so after that is back (SoftHSM)."""
+    east, west = (fake(name, fakes.signing_key(), fakes.secret_key()) for name in ("east", "west"))
+    app = start(east.member(), west.member(), balance="primary-first", recovery=SOON)
+    session = app.login(PIN)
+    key = session.find_one({p11.CKA_LABEL: "signing"})
+    right = session.sign(p11.CKM_RSA_PKCS, key, DIGEST)
+    starts = east.shared.starts
+    east["C_Initialize"].answers(p11.CKR_GENERAL_ERROR)
+    for place in east.shared.object[:2]:
+        place.used = 0
+    assert session.sign(p11.CKM_RSA_PKCS, key, DIGEST) == right
+    assert app.away() == {"east"}
+    (lost,) = app.events("member.lost")
+    assert "code=CKR_TOKEN_NOT_RECOGNIZED" in lost
+    for place in east.shared.object[:2]:
+        place.used = 1
+    east["C_Initialize"].works()
+    until(lambda: session.sign(p11.CKM_RSA_PKCS, key, DIGEST) == right and not app.away(), "it is back")
+    assert session.sign(p11.CKM_RSA_PKCS, key, DIGEST) == right
+    assert app.served(session) == "east"
+    assert east.shared.starts == starts + 1
+
+
+def test_member_that_has_no_object_any_more_is_taken_in_anew_once(two: Two) -> None:
+    right = two.sign()
+    starts = two.east.shared.starts
+    two.east.shared.object[0].used = 0
+    for _ in range(3):
+        assert two.sign() == right
+        assert two.app.served(two.session) == "west"
+    assert two.app.away() == set()
+    assert two.east.shared.starts == starts + 1
 
 
 def test_left_over_operation_in_a_member_s_session_is_got_rid_of(two: Two) -> None:

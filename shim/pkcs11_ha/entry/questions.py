@@ -14,7 +14,7 @@ from pkcs11_ha.runtime import login, native
 from pkcs11_ha.runtime.breaker import count_fault
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
-from pkcs11_ha.runtime.objects import VirtualObject
+from pkcs11_ha.runtime.objects import NotItself, VirtualObject
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 from pkcs11_ha.spec.functions import FUNCTIONS, Effect
 
@@ -22,6 +22,7 @@ AGAIN = 0xFFFFFFFF  # HA_AGAIN: the data plane looks again
 
 _REPAIRABLE = (Code.SESSION, Code.LOGIN, Code.HANDLE, Code.LIBRARY, Code.OPERATION)
 _REPAIR_BIT = {code: 1 << bit for bit, code in enumerate(_REPAIRABLE)}
+_LOOKED_AGAIN = 1 << len(_REPAIRABLE)
 
 
 def _slot(call: Any) -> VirtualSlot:
@@ -218,6 +219,8 @@ def locate(call: Any) -> int:
         except CkError as error:
             if error.member is slot.members[call.member]:
                 call.rv = error.rv
+                if isinstance(error, NotItself):
+                    return _new_library(call, slot, slot.members[call.member])
                 return decide(call)
             blame(slot, error, _row_name(call))
             if not slot.objects.gives_up_claims(known, call.member):
@@ -235,10 +238,10 @@ def _make_again(slot: VirtualSlot, call: Any, known: VirtualObject) -> None:
 
 
 def blame(slot: VirtualSlot, error: CkError, where: str) -> None:
-    """A member failed in the middle of the core's own work on it: it is lost, unless it says it is well."""
+    """A member failed in the middle of the core's own work on it: it is lost, unless it was well, and is."""
     for member in slot.up():
         epoch = member.epoch
-        if member is error.member and not member.probe():
+        if member is error.member and (member.code(error.rv) is Code.DEAD or not member.probe()):
             current().lose(member, error.rv, where, epoch)
 
 
@@ -254,6 +257,8 @@ def no_member(call: Any) -> int:
     slot = _slot(call)
     if call.alone:
         return int(call.first_rv or call.rv or ck.CKR_DEVICE_ERROR)
+    if _looks_again(slot, call):
+        return AGAIN
     served = slot.serving_mask
     if call.answered:
         for index, member in enumerate(slot.members):
@@ -277,6 +282,16 @@ def no_member(call: Any) -> int:
     if call.objects and slot.serving_mask and complete:
         return _no_such_object(call)
     return ck.CKR_DEVICE_ERROR
+
+
+def _looks_again(slot: VirtualSlot, call: Any) -> bool:
+    """Before a call fails, once: what a member had not may be there by now, if its store was away, say."""
+    if call.repairs & _LOOKED_AGAIN:
+        return False
+    call.repairs |= _LOOKED_AGAIN
+    left = slot.serving_mask & ~int(call.tried)
+    doubted = [slot.objects.doubt(int(call.object[place]), left) for place in range(call.objects)]
+    return any(doubted)
 
 
 def _present(slot: VirtualSlot, call: Any, place: int) -> int:

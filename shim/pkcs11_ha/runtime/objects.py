@@ -55,6 +55,11 @@ class VirtualObject:
     )  # (member, epoch, handle) that is another key
 
 
+class NotItself(CkError):
+    """A member shows none of the objects that it had, as one whose store was away for a while: it may find them again
+    only after its library is restarted (SoftHSM)."""
+
+
 class Recipe(Protocol):
     """How a session object is made again on another member."""
 
@@ -88,6 +93,7 @@ class ObjectMap:
         self.tombstones: list[list[VirtualObject]] = [
             [] for _ in members
         ]  # destroyed while the member was away
+        self.showed = [0] * len(members)  # the epoch in which a member showed an object last
         # (epoch, handle) of what the group keeps there for itself
         self.hidden: list[set[tuple[int, int]]] = [set() for _ in members]
 
@@ -113,6 +119,7 @@ class ObjectMap:
     def _bind(self, known: VirtualObject, member: int, epoch: int, handle: int, proven: bool) -> None:
         known.at[member] = Binding(epoch, handle, proven)
         known.absent &= ~(1 << member)
+        self.showed[member] = epoch
         self.by_member[member][(epoch, handle)] = known
         self._publish(known)
 
@@ -164,6 +171,17 @@ class ObjectMap:
             if known is not None:
                 self._unbind(known, index)
 
+    def doubt(self, handle: int, members: int) -> int:
+        """Takes back that these members have it not; which of them were thought so.  They are looked at anew."""
+        with self.lock:
+            known = self.objects.get(handle)
+            if known is None or not (known.identity.token or known.recipe):
+                return 0
+            doubted = known.absent & members
+            known.absent &= ~doubted
+            self._publish(known)
+            return doubted
+
     def gives_up_claims(self, known: VirtualObject, index: int) -> bool:
         """Drops what is unproven elsewhere; whether the object is proven on this member."""
         with self.lock:
@@ -177,6 +195,7 @@ class ObjectMap:
         with self.lock:
             if (epoch, handle) not in self.hidden[index]:
                 self.hidden[index].add((epoch, handle))
+                self.showed[index] = epoch
                 native.lib.ha_object_hide(self.native, index, epoch, handle)
 
     def unhide(self, index: int, epoch: int, handle: int) -> None:
@@ -513,6 +532,8 @@ class ObjectMap:
         with member.service:
             epoch = member.epoch
             found = attributes.find(member, member.session, template)
+            if not found and known.homes >> index & 1:
+                self._check_itself(index, epoch)
             identities = [(handle, attributes.who(member, member.session, handle)) for handle in found]
         with self.lock:
             free = [(h, i) for h, i in identities if (epoch, h) not in self.by_member[index]]
@@ -523,6 +544,15 @@ class ObjectMap:
                 self._bind(known, index, epoch, (same or unproven)[0], proven=bool(same))
             elif unproven:
                 self._event("object.ambiguous", index, known.identity)
+
+    def _check_itself(self, index: int, epoch: int) -> None:
+        """Raises NotItself, but not of the last member."""
+        member = self.members[index]
+        others = any(other.state is MemberState.UP for other in self.members if other is not member)
+        if not others or self.showed[index] != epoch or member.state is not MemberState.UP:
+            return
+        if not attributes.find(member, member.session, {ck.CKA_TOKEN: b"\1"}):
+            raise NotItself(ck.CKR_TOKEN_NOT_RECOGNIZED, "it shows none of its objects", member)
 
     # ---- proof ----
 
