@@ -34,7 +34,7 @@ typedef struct ha_call {
     CK_BYTE *input; /* a copy of what the output would overwrite */
     CK_ULONG input_size;
     CK_RV rv;                          /* the member's answer, at last the application's */
-    CK_RV first_rv;                    /* of the first member that failed */
+    CK_RV first_rv;                    /* of the first suspect, else of the first that failed */
     unsigned row;                      /* index in the function table */
     int member;                        /* index in the slot's members, -1: none chosen */
     unsigned epoch;                    /* of that member when it was chosen */

@@ -208,6 +208,21 @@ def test_group_that_is_busy_or_incapable_as_a_whole_says_so(two: Two, name: str)
     assert two.app.away() == set()
 
 
+def test_suspect_is_lost_for_its_own_answer(fake: FakeFactory, start: StartFactory) -> None:
+    """Not for that of a member which cannot, and was asked before."""
+    east, west, north = (fake(name, fakes.signing_key()) for name in ("east", "west", "north"))
+    app = start(east.member(), west.member(), north.member(), balance="primary-first")
+    session = app.login(PIN)
+    key = session.find_one({p11.CKA_LABEL: "signing"})
+    session.sign(p11.CKM_RSA_PKCS, key, DIGEST)
+    east["C_SignInit"].answers(p11.CKR_MECHANISM_INVALID)
+    west["C_SignInit"].answers(p11.CKR_GENERAL_ERROR)
+    session.sign(p11.CKM_RSA_PKCS, key, DIGEST)
+    (lost,) = app.events("member.lost")
+    assert "member=west" in lost
+    assert "code=CKR_GENERAL_ERROR" in lost
+
+
 def test_member_without_a_free_session_is_passed_over(two: Two) -> None:
     two.east.shared.most_sessions = two.east.shared.sessions
     session = two.app.open()

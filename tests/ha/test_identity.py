@@ -255,6 +255,22 @@ def test_several_keys_of_one_name_on_each_member_are_never_mixed_up(
     assert outputs[0] != outputs[1]
 
 
+def test_claim_whose_witness_dies_meanwhile_is_believed_before_its_first_use(
+    fake: FakeFactory, start: StartFactory
+) -> None:
+    """As a search proves only some of what it finds at once; who asks then is not told of a member that died."""
+    objects = [fakes.secret_key(f"secret {n}", bytes([n + 1]) * 32) for n in range(36)]
+    east = fake("east", *objects)
+    west = fake("west", *({**each, p11.CKA_LOCAL: True} for each in objects))  # which is asked first
+    app = start(east.member(), west.member(), balance="primary-first")
+    session = app.login(PIN)
+    handles = session.find({p11.CKA_CLASS: p11.CKO_SECRET_KEY})
+    assert len(handles) == 36
+    east.dies()
+    assert session.get(handles[-1], p11.CKA_LABEL) == (b"secret 35",)
+    assert app.away() == {"east"}
+
+
 # ---- numbers that come again
 
 

@@ -86,6 +86,8 @@ def _lose_and_tell(call: Any, _slot: VirtualSlot, member: Member) -> int:
 
 
 def _suspect(call: Any, _slot: VirtualSlot, _member: Member) -> int:
+    if not call.suspects:
+        call.first_rv = call.rv  # rather than that of a member which is merely incapable
     call.suspects |= 1 << call.member
     return _elsewhere(call, _slot, _member)
 
@@ -223,7 +225,8 @@ def locate(call: Any) -> int:
                     return _new_library(call, slot, slot.members[call.member])
                 return decide(call)
             blame(slot, error, _row_name(call))
-            if not slot.objects.gives_up_claims(known, call.member):
+            proven = slot.objects.gives_up_claims(known, call.member)
+            if not proven and any(member is error.member for member in slot.up()):
                 call.tried |= 1 << call.member  # while the other one cannot say, this one proves nothing
     return AGAIN
 
