@@ -128,6 +128,23 @@ def test_session_objects_are_made_and_destroyed_whatever_their_member_loses(begi
     assert use.session.find({p11.CKA_TOKEN: False}) == []
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(f"{name} times 1 kill" for name in ("C_CreateObject", "C_CopyObject", "C_DestroyObject")),
+        *(f"C_GetAttributeValue after {after} times 1 kill" for after in range(2)),
+        "C_UnwrapKey times 1 late kill",
+    ],
+)
+def test_session_objects_are_made_and_destroyed_whoever_dies(begin: Begin, rule: str) -> None:
+    use, fault = begin("worker")
+    session_objects(use)
+    fault.script(rule)
+    working_until(lambda: session_objects(use), fault.injected, "it has happened")
+    working_until(lambda: session_objects(use), lambda: use.app.away() == set(), "it is back")
+    assert use.session.find({p11.CKA_TOKEN: False}) == []
+
+
 DEATHS = ["crash", "abort", "exit 3", "kill", "hang", "late crash", "late hang"]
 
 

@@ -155,6 +155,20 @@ def test_generated_key_is_pinned_where_nothing_else_is_wanted(start: StartFactor
         assert session.find({p11.CKA_LABEL: "session"}) == []
 
 
+def test_session_key_that_died_with_its_member_is_destroyed_once(start: StartFactory) -> None:
+    """It is gone, as is wanted; its handle is nobody's, once that was said or its session is closed."""
+    app, session = started(start, "pin")
+    mine = app.open()
+    keys = [KINDS["aes-256"].generate(mine, "session", private={p11.CKA_TOKEN: NO}).private for _ in range(2)]
+    text(mine, keys[0])
+    with app.without(app.served(mine)):
+        text(session, created(session))  # it is found out
+        assert code(lambda: mine.destroy(keys[0])) == "CKR_OK"
+        assert code(lambda: mine.destroy(keys[0])) == "CKR_OBJECT_HANDLE_INVALID"
+        mine.close()
+        assert code(lambda: session.destroy(keys[1])) == "CKR_OBJECT_HANDLE_INVALID"
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["p256", "rsa"])
 def test_generated_pair_of_a_session_works_while_its_member_does(
