@@ -106,7 +106,7 @@ class Peer:
     def _serve(self, control: socket.socket) -> None:
         with closing(control), suppress(OSError):
             control.recv(1)
-            control.sendall(self.hello)
+            control.sendall(self.hello, socket.MSG_NOSIGNAL)  # whose SIGPIPE would be taken for the module's
             while not self.hangs_up:
                 data, fds, _, _ = socket.recv_fds(control, 1, 8)
                 if not data:
