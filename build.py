@@ -164,14 +164,17 @@ def compiler(sanitize: str) -> list[str]:
 SHARED = ("wire.c", "line.c", "serve.c", "library.c", "wire.gen.c", "parameters.gen.c", "serve.gen.c")
 
 
+def library_sources(out: Path) -> list[Path]:
+    """What the library is made of."""
+    names = ("entry", "parameters", "wire", "remote", "serve", "module")
+    return [*sorted(CSRC.glob("*.c")), *(out / f"{name}.gen.c" for name in names)]
+
+
 def compile_all(out: Path, sanitize: str) -> tuple[list[Path], list[Path], list[Path]]:
     """Objects of our sources (warnings are errors) and of cffi's text (not ours to judge): library, worker, faults."""
     include = [f"-I{ROOT / 'include'}", f"-I{CSRC}", f"-I{WORKER}", f"-I{FAULT}", f"-I{out}"]
     include.append(f"-I{sysconfig.get_path('include')}")
-    generated = [
-        out / f"{name}.gen.c" for name in ("entry", "parameters", "wire", "remote", "serve", "module")
-    ]
-    library = [*sorted(CSRC.glob("*.c")), *generated]
+    library = library_sources(out)
     worker = sorted(WORKER.glob("*.c"))
     faults = [*sorted(FAULT.glob("*.c")), out / "fault.gen.c"]
     objects = compile_each([*library, *worker, *faults], out, sanitize, include)

@@ -200,12 +200,8 @@ def relocated(module: Path) -> Iterator[Installation]:
             ],
             check=True,
         )
-        others = {
-            "python",
-            "serve.gen",
-            *(path.stem for path in build.WORKER.glob("*.c")),
-        }  # the worker's own
-        objects = [each for each in sorted(generated.glob("*.o")) if each.stem not in others]
+        sources = [each for each in build.library_sources(generated) if each.stem != "python"]
+        objects = [generated / f"{each.stem}.o" for each in sources]
         sanitize = SANITIZERS.get(module.parent.name, "")
         build.link(root / "gen", [*objects, target], installation.library, sanitize)
         yield installation

@@ -34,8 +34,8 @@ STEPS = 10
 
 FAULTS = frozenset({Code.BUSY, Code.SESSION, Code.LOGIN})
 """Answers that no request can provoke, and that are repaired or done elsewhere.  A dead member is lost, a suspect one
-is judged by its peers' answer: who sends forgeries must not be able to have members ejected that are clumsy about them, by
-their answer or by the operation that they leave behind."""
+is judged by its peers' answer: who sends forgeries must not be able to have members ejected that are clumsy about
+them, by their answer or by the operation that they leave behind."""
 
 
 class Phase(enum.Enum):
