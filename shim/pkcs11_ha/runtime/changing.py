@@ -21,7 +21,7 @@ from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do, on
+from pkcs11_ha.runtime.service import MemberFault, Refused, destroy, do, is_itself, on
 from pkcs11_ha.runtime.settling import Settling
 from pkcs11_ha.runtime.whereabouts import Whereabouts
 
@@ -43,18 +43,11 @@ class Claim:
 
         Who announces looks afterwards: of two processes that do so at once for one object, none or one goes on.
         """
-        for member in self.party.there():
-            try:
-                if self.party.ledger.can_keep(self.party.there()):
-                    there = self.party.there()
-                    self.written[member.name] = self.party.ledger.write(
-                        member, self.new, Stage.ANNOUNCED, there
-                    )
-            except MemberFault as fault:
-                self.party.leave(fault)
-            except Refused as error:
-                self.withdraw()
-                raise CkError(error.rv, str(error), member) from None
+        try:
+            self.party.on_each(self.party.there(), self._announce)
+        except Refused as error:
+            self.withdraw()
+            raise CkError(error.rv, str(error), error.member) from None
         for replica in self.party.replicas(self.new.uid):
             entry = replica.entry
             if entry.owner == self.new.owner and entry.version == self.new.version:
@@ -67,6 +60,11 @@ class Claim:
                 return False
             self.older.append(replica)
         return True
+
+    def _announce(self, member: Member) -> None:
+        there = self.party.there()
+        if self.party.ledger.can_keep(there):
+            self.written[member.name] = self.party.ledger.write(member, self.new, Stage.ANNOUNCED, there)
 
     def place(self, member: Member) -> None:
         """It is done there; raises MemberFault, Refused."""
@@ -181,6 +179,7 @@ class Changing:
         """Announces what `plan` makes of the object's entry and acts on each member that has it; who did it."""
         holders, new, claim = self._claimed(known, plan)
         refused: CkError | None = None
+        unable: list[Refused] = []
         did: list[Member] = []
         for member in holders:
             if not self.party.takes_part(member):
@@ -192,13 +191,20 @@ class Changing:
             except MemberFault as fault:
                 self.party.leave(fault)
             except Refused as error:
+                if error.member is member and error.is_suspect:
+                    unable.append(error)
+                    continue
                 revert()
                 if not did or new.alive:
                     claim.withdraw()
                     raise CkError(error.rv, str(error), member) from None
                 refused = CkError(error.rv, str(error), member)  # the tombstone stays: it is tried again
         if not did:
+            if unable:
+                claim.withdraw()
+                raise CkError(unable[0].rv, str(unable[0]), unable[0].member)
             raise CkError(ck.CKR_DEVICE_ERROR)
+        self.party.leave_unable(error for error in unable if error.member not in did)
         known.uid = new.uid
         if not self._is_settled(claim) and refused:
             raise refused
@@ -244,11 +250,14 @@ class Changing:
                     if not holders:
                         self.party.objects.renew(known, index, member.session)
                     holders.append(member)
+                elif not is_itself(member):
+                    self.party.leave(MemberFault(member, ck.CKR_DEVICE_ERROR, "C_FindObjects"))
             except CkError as error:
-                if error.rv == ck.CKR_OBJECT_HANDLE_INVALID:  # another process has destroyed it
-                    self.party.objects.forget(known.handle, index)
-                else:
+                # Else another process has destroyed it.
+                if error.rv != ck.CKR_OBJECT_HANDLE_INVALID or not is_itself(member):
                     self.party.leave(MemberFault(member, error.rv, "C_FindObjects"))
+                else:
+                    self.party.objects.forget(known.handle, index)
         if not self.party.there():
             raise CkError(ck.CKR_DEVICE_ERROR)
         if not holders:

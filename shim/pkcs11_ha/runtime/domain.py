@@ -42,7 +42,7 @@ def keys_of(member: Member) -> dict[int, DomainKey]:
     """
     with on(member):
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_TOKEN: TRUE, ck.CKA_ID: KEY_ID}
-        keys = {}
+        keys, member.witnesses = {}, {}
         for handle in attributes.find(member, member.session, wanted):
             shown = attributes.read(member, member.session, handle, (ck.CKA_LABEL,))
             generation = parse_label(shown.get(ck.CKA_LABEL, b""))
@@ -51,6 +51,7 @@ def keys_of(member: Member) -> dict[int, DomainKey]:
             spellings = _prove(member, handle, generation)
             if spellings:
                 keys[generation.number] = DomainKey(handle, generation, spellings)
+                member.witnesses[handle] = shown[ck.CKA_LABEL]
         return keys
 
 

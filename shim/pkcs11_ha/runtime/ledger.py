@@ -21,7 +21,7 @@ from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.objects import ObjectMap
-from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, on
+from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, find, on
 
 _APPLICATION = RESERVED + b"ledger "
 _NOBODY = Name(None, None, b"", b"", b"", b"")
@@ -252,8 +252,7 @@ class Ledger:
 
     def _handles(self, host: Member, wanted: dict[int, bytes]) -> list[int]:
         common = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_TOKEN: TRUE}
-        with on(host):
-            return attributes.find(host, host.session, common | wanted)
+        return find(host, common | wanted)
 
     def _identify(self, host: Member, handle: int) -> Replica | None:
         """The replica that an object is, by its label: which stage, for whom."""

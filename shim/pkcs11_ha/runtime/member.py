@@ -73,6 +73,9 @@ class Member:
         ] = {}  # type -> (min, max, flags), None: not asked
         self.service = threading.RLock()  # of the service session: held over its calls
         self.session: int = 0  # kept open so that the login and the handles outlive other sessions
+        self.witnesses: dict[
+            int, bytes
+        ] = {}  # domain keys it has shown in its present life: handle -> CKA_LABEL
         self.logins: set[int] = set()  # virtual slots that are logged in on this member
         self.replacer: int | None = None  # the thread that is restarting the library: no other may call it
         self.connecting = False  # an attempt is under way, perhaps beyond its time
@@ -147,6 +150,7 @@ class Member:
         native.lib.ha_member_traits(self.native, guard, one_by_one)
         native.lib.ha_member_new_epoch(self.native)
         self.session = 0
+        self.witnesses = {}
         self.logins.clear()
         slot = self._find_slot()
         native.lib.ha_member_slot(self.native, slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -147,6 +147,55 @@ class Party:
             except Refused as error:
                 raise CkError(error.rv, str(error), error.member) from None
         raise CkError(ck.CKR_DEVICE_ERROR, "no member is left")
+
+    def on_each(self, members: Iterable[Member], step: Callable[[Member], None]) -> None:
+        """The same step of a write on one member after the other, once more on one if another failed at that, which
+        may keep the ledger for it.
+
+        Who cannot do what another one did is left out, as if it had died; what all say is the answer.  Raises
+        Refused, CkError.
+        """
+        did, unable = False, []
+        for member in members:
+            while self.takes_part(member):
+                try:
+                    step(member)
+                    did = True
+                    break
+                except MemberFault as fault:
+                    self.leave(fault)
+                except Refused as error:
+                    if error.member is not member or not error.is_suspect:
+                        raise
+                    unable.append(error)
+                    break
+        if unable and not did:
+            raise unable[0]
+        self.leave_unable(unable)
+
+    def on_one(self, step: Callable[[Member], T]) -> T:
+        """A step that need be done on one member only: on the next, where one fails at it.  Raises CkError."""
+        unable: list[Refused] = []
+        for member in self.there():
+            try:
+                done = step(member)
+            except MemberFault as fault:
+                self.leave(fault)
+            except Refused as error:
+                if not error.is_suspect:
+                    raise CkError(error.rv, str(error), error.member) from None
+                unable.append(error)
+            else:
+                self.leave_unable(unable)
+                return done
+        if unable:
+            raise CkError(unable[0].rv, str(unable[0]), unable[0].member)
+        raise CkError(ck.CKR_DEVICE_ERROR, "no member is left")
+
+    def leave_unable(self, refusals: Iterable[Refused]) -> None:
+        """Others have done what these members refused: they are left out, and owed it."""
+        for error in refusals:
+            self.leave(MemberFault(error.member, error.rv, error.call))
 
     def replicas(self, uid: str) -> list[Replica]:
         """Of one entry, on whoever is there; raises CkError."""

@@ -37,7 +37,7 @@ from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import VirtualObject
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import MemberFault, Refused, do, on
+from pkcs11_ha.runtime.service import MemberFault, Refused, do, look, on
 from pkcs11_ha.runtime.settling import Settling
 from pkcs11_ha.runtime.whereabouts import Whereabouts
 
@@ -248,12 +248,13 @@ class Placing:
         said: Mapping[int, bytes],
         wrapped: Wrapped | None,
     ) -> Part:
-        """Who the object is, by making it once as a session object on the first member; raises CkError."""
-        entry = self.party.steadily(lambda there: self._tried_on(there[0], put, wrapped))
+        """Who the object is, by making it once as a session object on one member; raises CkError."""
+        entry = self.party.on_one(lambda member: self._tried_on(member, put, wrapped))
         return Part(entry, said, put)
 
     def _tried_on(self, member: Member, put: Put, wrapped: Wrapped | None) -> Entry:
         handle = put(member, {ck.CKA_TOKEN: FALSE, **dict.fromkeys(_STAYING)})
+        look(member, handle, (ck.CKA_CLASS,), "C_CreateObject")
         with on(member):
             try:
                 identity = replace(attributes.who(member, member.session, handle), token=True)
@@ -354,20 +355,22 @@ class Placing:
     def _place(self, parts: Sequence[Part], first: Member | None = None) -> list[VirtualObject]:
         """Announces, puts in place on one member after the other, and tells the object map.  Raises CkError."""
         began = time.monotonic()
-        lost: list[str] = []
+        members = self.party.there()
+
+        def put(member: Member) -> None:
+            if time.monotonic() - began > _STALE_S:
+                raise CkError(ck.CKR_FUNCTION_FAILED, "a write that was held up too long", member)
+            self._put(member, parts)
+
         try:
-            for member in self.party.there():
-                self._steadily(member, lost, partial(self._announce, member, parts))
-            for member in sorted(self.party.there(), key=lambda member: member is not first):
-                if time.monotonic() - began > _STALE_S:
-                    raise Refused(member, ck.CKR_FUNCTION_FAILED, "a write that was held up too long")
-                self._steadily(member, lost, partial(self._put, member, parts))
+            self.party.on_each(members, partial(self._announce, parts))
+            self.party.on_each(sorted(self.party.there(), key=lambda member: member is not first), put)
         except (Refused, CkError) as error:
-            self._undo(parts, lost)
+            self._undo(parts, members)
             raise CkError(error.rv, str(error), error.member) from None
         there = [m for m in self.party.there() if all(m.name in part.placed for part in parts)]
         if len(there) < max(1, self.party.group.min_copies):
-            self._undo(parts, lost)
+            self._undo(parts, members)
             raise self.party.rejected("too few members took it")
         known = [self._adopt(part, there) for part in parts]
         for part, each in zip(parts, known, strict=True):
@@ -378,17 +381,7 @@ class Placing:
                 )  # who is away cannot be given it: it is said, as for any such key
         return known
 
-    def _steadily(self, member: Member, lost: list[str], work: Callable[[], None]) -> None:
-        """Works on a member, once more if another one fails at that, which may keep the ledger for it."""
-        while self.party.takes_part(member):
-            try:
-                work()
-                return
-            except MemberFault as fault:
-                self.party.leave(fault)
-                lost.append(fault.member.name)
-
-    def _announce(self, member: Member, parts: Sequence[Part]) -> None:
+    def _announce(self, parts: Sequence[Part], member: Member) -> None:
         there = self.party.there()
         for part in parts:
             if member.name not in part.replicas and self.party.ledger.can_keep(there):
@@ -404,8 +397,7 @@ class Placing:
             if member.name not in part.at:
                 part.at[member.name] = part.put(member, mark)
             handle = part.at[member.name]
-            with on(member):
-                made = attributes.read(member, member.session, handle, tuple(part.final) or (ck.CKA_CLASS,))
+            made = look(member, handle, tuple(part.final) or (ck.CKA_CLASS,), "a call")
             if contradictions(part.final, made):
                 raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
             self._mark(member, part, Stage.PLACED)
@@ -444,9 +436,10 @@ class Placing:
         known.uid = part.entry.uid
         return known
 
-    def _undo(self, parts: Sequence[Part], lost: Sequence[str]) -> None:
+    def _undo(self, parts: Sequence[Part], members: Sequence[Member]) -> None:
         """The application is told that there is no object: there must be none, nor come back with a lost member."""
         owner = me()
+        lost = not all(map(self.party.takes_part, members))
         for part in parts:
             grave = tombstone(part.entry, owner)
             told = False

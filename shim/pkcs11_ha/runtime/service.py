@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.codes import Code
-from pkcs11_ha.core.template import Template
-from pkcs11_ha.runtime import native
+from pkcs11_ha.core.domain import KEY_ID
+from pkcs11_ha.core.template import TRUE, Template
+from pkcs11_ha.runtime import attributes, native
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 
+# What a token says that has no room for what another one may take.
+_FULL = (ck.CKR_DEVICE_MEMORY, ck.CKR_TOKEN_RESOURCE_EXCEEDED)
 _BLOB_MAX = 16384  # bytes; the size is not asked for, as some modules (NSS) give too small a one
 
 
@@ -31,6 +34,11 @@ class Refused(Exception):
     def __init__(self, member: Member, rv: int, call: str) -> None:
         super().__init__(f"{member.name}: {call} answers {ck.rv_name(rv)}")
         self.member, self.rv, self.call = member, rv, call
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be the member's own fault: that is known when another one has done the same."""
+        return self.member.code(self.rv) is Code.SUSPECT or self.rv in _FULL
 
 
 @contextmanager
@@ -56,13 +64,63 @@ def judged(member: Member, rv: int, call: str) -> MemberFault | Refused:
     gone = code in (Code.DEAD, Code.LIBRARY, Code.SESSION, Code.LOGIN)
     if gone or (code in (Code.SUSPECT, Code.HANDLE) and not (member.probe() and member.keeps_login())):
         return MemberFault(member, rv, call)
+    if code is Code.HANDLE and not is_itself(member):
+        return MemberFault(member, rv, call)
     return Refused(member, rv, call)
 
 
+def is_itself(member: Member) -> bool:
+    """Whether a member that shows nothing is to be believed: its domain key must still be there.
+
+    SoftHSM whose files are out of reach answers CKR_OK, and knows of no object.  Where an operator has put another
+    domain key in the place of the one before, the member is well.
+    """
+    if not member.witnesses:
+        return True
+    with member.service:
+        for handle in member.witnesses:
+            with suppress(CkError):
+                attributes.read(member, member.session, handle, (ck.CKA_CLASS,))
+                return True
+        with suppress(CkError):
+            shown = {
+                handle: attributes.read(member, member.session, handle, (ck.CKA_LABEL,)).get(
+                    ck.CKA_LABEL, b""
+                )
+                for handle in attributes.find(member, member.session, {ck.CKA_ID: KEY_ID, ck.CKA_TOKEN: TRUE})
+            }
+            if set(shown.values()) - set(member.witnesses.values()):
+                member.witnesses = shown
+                return True
+    return False
+
+
+def find(member: Member, wanted: Mapping[int, bytes]) -> list[int]:
+    """Handles of all objects that match; that there is none is believed of a member that is itself."""
+    with on(member):
+        found = attributes.find(member, member.session, wanted)
+    if not found and not is_itself(member):
+        raise MemberFault(member, ck.CKR_DEVICE_ERROR, "a search that finds not even the domain key")
+    return found
+
+
+def look(member: Member, handle: int, types: Sequence[int], call: str) -> dict[int, bytes]:
+    """Attributes of an object that `call` has just made; SoftHSM without room for it says CKR_OK for nothing."""
+    try:
+        with on(member):
+            return attributes.read(member, member.session, handle, types)
+    except Refused as error:
+        if member.code(error.rv) is not Code.HANDLE:
+            raise
+        raise Refused(member, ck.CKR_DEVICE_MEMORY, f"{call}, which made nothing,") from None
+
+
 def create(member: Member, template: Template) -> int:
-    """C_CreateObject on the service session; the handle."""
+    """C_CreateObject on the service session; the handle.  Of a token object: it was seen there."""
     filled, made = Filled(template), native.ffi.new("CK_OBJECT_HANDLE *")
     do(member, "C_CreateObject", member.session, filled.array, filled.count, made)
+    if template.get(ck.CKA_TOKEN) == TRUE:
+        look(member, int(made[0]), (ck.CKA_CLASS,), "C_CreateObject")
     return int(made[0])
 
 

@@ -20,7 +20,7 @@ from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.party import Party
-from pkcs11_ha.runtime.service import on
+from pkcs11_ha.runtime.service import find, on
 
 _KEYS = (Kind.PRIVATE_KEY, Kind.SECRET_KEY)
 
@@ -52,7 +52,7 @@ class Whereabouts:
     def marked(self, member: Member) -> list[tuple[str, int]]:
         """(uid, handle) of all objects that bear the mark of what is new."""
         with on(member):
-            found = attributes.find(member, member.session, {ck.CKA_ID: NEW_ID, ck.CKA_TOKEN: TRUE})
+            found = find(member, {ck.CKA_ID: NEW_ID, ck.CKA_TOKEN: TRUE})
             labels = [
                 attributes.read(member, member.session, handle, (ck.CKA_LABEL,)).get(ck.CKA_LABEL, b"")
                 for handle in found
@@ -62,8 +62,7 @@ class Whereabouts:
 
     def tagged(self, member: Member, uid: str) -> list[int]:
         wanted = {**tag(uid), ck.CKA_TOKEN: TRUE}
-        with on(member):
-            return attributes.find(member, member.session, wanted)
+        return find(member, wanted)
 
     def source(self, member: Member, target: Entry, replicas: Sequence[Replica]) -> tuple[Member, int] | None:
         """A member that has the object, and its handle there."""
@@ -89,7 +88,7 @@ class Whereabouts:
         """The public point of a private EC key, by the public key that bears its CKA_ID."""
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_PUBLIC_KEY), ck.CKA_ID: name.id}
         with on(reference):
-            for handle in attributes.find(reference, reference.session, wanted):
+            for handle in find(reference, wanted):
                 shown = attributes.read(reference, reference.session, handle, (ck.CKA_EC_POINT,))
                 if ck.CKA_EC_POINT in shown:
                     return shown[ck.CKA_EC_POINT]
@@ -155,7 +154,7 @@ class Whereabouts:
         with on(member):
             wanted = {ck.CKA_TOKEN: TRUE, ck.CKA_CLASS: ulong(name.object_class or 0)}
             wanted |= {n: v for n, v in ((ck.CKA_ID, name.id), (ck.CKA_LABEL, name.label)) if v}
-            for handle in attributes.find(member, member.session, wanted):
+            for handle in find(member, wanted):
                 identity = attributes.who(member, member.session, handle)
                 if identity.name == name:
                     found[handle] = identity
