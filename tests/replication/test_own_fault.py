@@ -12,9 +12,10 @@ from demo.members import SoftToken, Worker
 from tests import p11
 from tests.fault import Fault
 from tests.ha.app import code
-from tests.replication import domain
+from tests.replication import contents, domain
 from tests.replication.conftest import StartFactory
 from tests.replication.domain import PIN, Domain, missing
+from tests.replication.kinds import KINDS
 from tests.replication.test_away import CERTIFICATE, MAKES, settled
 from tests.soak.faults import processes
 
@@ -171,3 +172,26 @@ def test_member_whose_store_is_out_of_reach_is_not_believed(
     monkeypatch.undo()
     app.regain()
     assert settled(app)[0].seen == []
+
+
+@pytest.mark.parametrize(("call", "name"), [("C_WrapKey", "p256"), ("C_CopyObject", "ed25519")])
+def test_key_is_generated_on_another_member(
+    start: StartFactory, tokens: Sequence[SoftToken], call: str, name: str
+) -> None:
+    """Where it can be wrapped; or, if it cannot be, where it can be kept."""
+    faults = [Fault(token) for token in tokens]
+    app = start(*(each.member() for each in faults), balance="primary-first")
+    session = app.login(PIN)
+    for each in faults:
+        each.script(f"{call} return CKR_FUNCTION_FAILED")
+    assert code(lambda: KINDS[name].generate(session, "none")) == "CKR_FUNCTION_FAILED"
+    assert app.away() == set()
+    faults[1].script()
+    KINDS[name].generate(session, "object")
+    assert app.away() == {"east"}
+    faults[0].script()
+    app.regain()
+    app.module.finalize()
+    held = [contents.of(token) for token in tokens]
+    assert {each.label for one in held for each in one.seen} == {b"object"}
+    assert len(held[1].labelled("object")) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pkcs11_ha import ck
@@ -38,6 +38,12 @@ class Carried:
         """For one member and no other."""
         self.call.alone = 1
         self.call.tried = 0xFFFFFFFF & ~(1 << self.slot.index(member))
+        return self
+
+    def without(self, members: Iterable[Member]) -> Carried:
+        """For others than these."""
+        for member in members:
+            self.call.tried |= 1 << self.slot.index(member)
         return self
 
     def run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import Recipe, VirtualObject
 from pkcs11_ha.runtime.placing import Seed, SeedLost
 from pkcs11_ha.runtime.replication import Replication
-from pkcs11_ha.runtime.service import mechanism
+from pkcs11_ha.runtime.service import Refused, mechanism
 from pkcs11_ha.runtime.slot import VirtualSlot
 
 # What the core reads of a template before anything is made; nothing that is secret.
@@ -111,21 +111,30 @@ def _on_all(
     generated_by = int(making.mechanism.mechanism) if making.mechanism else None
     if any(is_stateful(generated_by, each) for each in wishes):
         return pinned(slot, session, making)
+    unable: dict[Member, Refused] = {}
     while True:
         try:
-            return replication.placing.spread(seed(slot, session, making, wishes), wishes)
-        except SeedLost:  # its member is left out by now: one on another
-            continue
+            known = replication.placing.spread(seed(slot, session, making, wishes, unable), wishes)
+            replication.party.leave_unable(unable.values())
+            return known
+        except SeedLost as lost:  # one on another member, if that one is not left out by now
+            if lost.refused:
+                unable[lost.refused.member] = lost.refused
+            if unable and unable.keys() >= set(replication.party.there()):
+                first = next(iter(unable.values()))
+                raise CkError(first.rv, str(first), first.member) from None
 
 
-def seed(slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template]) -> Seed:
+def seed(
+    slot: VirtualSlot, session: Any, making: Making, wishes: Sequence[Template], unable: Iterable[Member] = ()
+) -> Seed:
     """The same as session objects, in a form that can be wrapped; what is public needs no such form."""
     keys = _are_keys(wishes)
     templates = [
         Changed(array, count, for_seed(each, is_key=is_key))
         for (array, count), each, is_key in zip(making.templates, wishes, keys, strict=True)
     ]
-    carried = making.carried(slot, session)
+    carried = making.carried(slot, session).without(unable)
     handles = making.make(carried, templates)
     return Seed(slot.members[carried.index], tuple(handles))
 

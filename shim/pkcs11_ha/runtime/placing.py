@@ -63,7 +63,11 @@ class Seed:
 
 
 class SeedLost(Exception):
-    """A seed died with its member before anything came of it."""
+    """A seed died with its member before anything came of it; or `refused`: its member cannot do what is to come."""
+
+    def __init__(self, refused: Refused | None = None) -> None:
+        super().__init__()
+        self.refused = refused
 
 
 @dataclass
@@ -113,6 +117,8 @@ class Placing:
                 self.party.leave(fault)
                 raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None
             except Refused as error:
+                if error.is_suspect:  # of what comes before anything is announced, or is kept there alone
+                    raise SeedLost(error) from None
                 raise CkError(error.rv, str(error), error.member) from None
             finally:
                 self.discard(seed)
@@ -198,6 +204,7 @@ class Placing:
                     is_key = shown.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
                     final = wished(wish, is_key=is_key)
                     made.append(self.copying.copy_within(member, handle, {**final, ck.CKA_TOKEN: TRUE}))
+                    look(member, made[-1], (ck.CKA_CLASS,), "C_CopyObject")
         except (MemberFault, Refused):
             for handle in made:
                 member.call("C_DestroyObject", member.session, handle)
