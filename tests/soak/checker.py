@@ -320,8 +320,9 @@ class Checker:
                 "wrong result", did.start, self._tell(did), re.split("[:{,]", did.why)[0].strip()
             )
         living = self.timeline.living(did.start, did.end)
+        able = [member for member in living if did.name not in self.setting.unable.get(member, ())]
         if did.rv != "CKR_OK":
-            self._failed(did, living)
+            self._failed(did, able)
         self._took(did, len(self.setting.members) - len(living))
 
     def _failed(self, did: Did, living: list[str]) -> None:

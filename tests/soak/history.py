@@ -24,6 +24,7 @@ class Setting(NamedTuple):
     connect_timeout_us: int
     clients: int
     writes: list[str]  # names of operations that write token objects: one client after the other
+    unable: dict[str, list[str]] = {}  # noqa: RUF012 (a NamedTuple's): member -> operations that it has not got at all
 
 
 class Fault(NamedTuple):

@@ -52,7 +52,7 @@ from tests.soak.history import (
     now,
     read,
 )
-from tests.soak.operations import OPERATIONS
+from tests.soak.operations import NOT_THROUGH_P11_KIT, OPERATIONS
 from tests.soak.plan import ARENAS, BLACKOUT, Arena, Step, Strike
 
 PIN = "123456"
@@ -200,8 +200,9 @@ class Soak:
         assert isinstance(connect_timeout_s, float)
         times = round(CALL_TIMEOUT_S * 1e6), round(connect_timeout_s * 1e6)
         writes = [each.name for each in OPERATIONS if each.writes]
+        unable = {seat.name: list(NOT_THROUGH_P11_KIT) for seat in self.arena.seats if not seat.complete}
         return Setting(
-            self.arena.name, self.order.seed, list(self.members), *times, self.order.clients, writes
+            self.arena.name, self.order.seed, list(self.members), *times, self.order.clients, writes, unable
         )
 
     def _given(self) -> Iterator[Record]:

@@ -74,6 +74,13 @@ def test_a_call_must_not_fail_while_a_member_lives() -> None:
     assert rules([], did(1, rv="CKR_DEVICE_ERROR")) == {"call failed": 1}
 
 
+def test_a_call_may_fail_when_only_those_live_that_have_not_got_its_mechanism() -> None:
+    setting = SETTING._replace(unable={"north": ["cbc"]})
+    driver = [setting, *ALIVE, *struck("east", "west")]
+    failed = [did(10.5, rv="CKR_DEVICE_ERROR", name=name) for name in ("cbc", "sign")]
+    assert dict(check(driver, [failed]).counted) == {"call failed": 1}
+
+
 def test_a_call_may_fail_when_nobody_lived_all_the_time_of_it() -> None:
     everybody = struck(*MEMBERS)
     for start in (9.95, 10.5, 11.95):
