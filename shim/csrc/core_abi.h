@@ -88,7 +88,7 @@ CK_ULONG ha_slot_sessions(ha_slot *slot, int read_write);
 void ha_slot_look_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: calls are not timed */
 void ha_slot_share(ha_slot *slot, int member, unsigned share);        /* of HA_WHOLE; 0: only what no other can do */
 void ha_slot_try(ha_slot *slot, int member);                          /* one operation for a member of share 0 */
-int ha_slot_trial(ha_slot *slot, int member);                         /* 0: it has not come, 1: under way, 2: ended */
+int ha_slot_trial(ha_slot *slot, int member);                         /* 0: it is to come, 1: under way, 2: ended */
 void ha_slot_gate(ha_slot *slot);                                     /* the recovery check */
 void ha_slot_drain_pools(ha_slot *slot, int read_write);
 void ha_slot_drain_pools_of(ha_slot *slot, int member);

@@ -83,7 +83,7 @@ struct ha_slot {
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t turn;
     _Alignas(HA_CACHE_LINE) _Atomic CK_ULONG sessions;
     _Atomic CK_ULONG rw_sessions;
-    _Atomic uint32_t trials, trials_ended; /* members to be tried by one operation; those that have been */
+    _Atomic uint64_t trials;               /* members to be tried by one operation; << 32: those that are being */
     _Atomic uint8_t share[HA_MAX_MEMBERS]; /* of what would be their load, of HA_WHOLE; 0: ejected */
 };
 

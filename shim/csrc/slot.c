@@ -7,6 +7,8 @@
 
 enum { MAX_SLOTS = 512 };
 
+#define BEING_TRIED(members) ((uint64_t)(members) << 32)
+
 static ha_slot *slots[MAX_SLOTS];
 static _Atomic unsigned slot_count;
 
@@ -86,7 +88,7 @@ void ha_slot_look_at(ha_slot *slot, unsigned long long monotonic_ns)
 void ha_slot_share(ha_slot *slot, int member, unsigned share)
 {
     uint32_t bit = 1U << member;
-    if (share) atomic_fetch_and(&slot->trials, ~bit);
+    if (share) atomic_fetch_and(&slot->trials, ~(uint64_t)bit);
     atomic_store(&slot->share[member], (uint8_t)share);
     if (share < HA_WHOLE)
         atomic_fetch_or(&slot->limited, bit);
@@ -96,14 +98,14 @@ void ha_slot_share(ha_slot *slot, int member, unsigned share)
 
 void ha_slot_try(ha_slot *slot, int member)
 {
-    atomic_fetch_and(&slot->trials_ended, ~(1U << member));
+    atomic_fetch_and(&slot->trials, ~BEING_TRIED(1U << member));
     atomic_fetch_or(&slot->trials, 1U << member);
 }
 
 int ha_slot_trial(ha_slot *slot, int member)
 {
-    if (atomic_load(&slot->trials) >> member & 1) return 0;
-    return atomic_load(&slot->trials_ended) >> member & 1 ? 2 : 1;
+    uint64_t trials = atomic_load(&slot->trials);
+    return trials >> member & 1 ? 0 : trials & BEING_TRIED(1U << member) ? 1 : 2;
 }
 
 void ha_slot_login(ha_slot *slot, CK_ULONG user, int write_protected)
@@ -130,6 +132,18 @@ static bool may_be_trial(const ha_call *call)
     return row->phase == HA_PHASE_INIT && !call->session->active && !call->tried;
 }
 
+/* One of the members' trials, for one call alone; 0: there is none. */
+static uint32_t take_trial(ha_slot *slot, uint32_t members)
+{
+    uint64_t trials = atomic_load(&slot->trials);
+    while (trials & members) {
+        uint32_t open = (uint32_t)trials & members, one = open & -open;
+        if (atomic_compare_exchange_weak(&slot->trials, &trials, (trials & ~(uint64_t)one) | BEING_TRIED(one)))
+            return one;
+    }
+    return 0;
+}
+
 /*
  * Of the members that can do it, those that take it: an ejected one only what no other can, its trial, or what it has
  * the rest of; one that has been tried its share, by chance.  What is made goes where it would go, however slow that
@@ -149,12 +163,7 @@ RARE uint32_t ha_slot_limit(const ha_call *call, uint32_t may)
         else if (ha_session_chance(session) % HA_WHOLE >= share)
             passed |= left & -left;
     }
-    uint32_t trial = ejected & atomic_load(&slot->trials);
-    trial &= -trial;
-    if (trial && may_be_trial(call) && atomic_fetch_and(&slot->trials, ~trial) & trial) {
-        session->trial = trial;
-        return trial;
-    }
+    if (ejected && may_be_trial(call) && (session->trial = take_trial(slot, ejected))) return session->trial;
     if (may & ~ejected) may &= ~ejected;
     return may & ~passed && !row->primary ? may & ~passed : may;
 }
@@ -163,7 +172,7 @@ RARE uint32_t ha_slot_limit(const ha_call *call, uint32_t may)
 void ha_trial_end(ha_session *session)
 {
     if (session->active) return;
-    atomic_fetch_or(&session->slot->trials_ended, session->trial);
+    atomic_fetch_and(&session->slot->trials, ~BEING_TRIED(session->trial));
     session->trial = 0;
 }
 

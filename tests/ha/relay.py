@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,13 @@ class Relay:
         self._listener.bind(str(path))
         self._listener.listen()
         self._ends: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def member(self) -> Table:
         """The server as a `[[member]]` that is reached by this way."""
@@ -35,8 +42,8 @@ class Relay:
                 there = socket.socket(socket.AF_UNIX)
                 there.connect(str(self.server.socket))
                 self._ends += [client, there]
-                for source, target, held_up in ((client, there, True), (there, client, False)):
-                    threading.Thread(target=self._pump, args=(source, target, held_up), daemon=True).start()
+                self._start(self._pump, client, there, True)
+                self._start(self._pump, there, client, False)
 
     def _pump(self, source: socket.socket, target: socket.socket, held_up: bool) -> None:
         with suppress(OSError):
@@ -55,4 +62,7 @@ class Relay:
         for end in (self._listener, *self._ends):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listener, *self._ends):
             end.close()

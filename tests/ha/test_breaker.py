@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from pkcs11_ha.core.outlier import edge_ns
+from pkcs11_ha.core.outlier import edge_ns, until_ns
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.breaker import Breaker
 from tests import fake as fakes
 from tests import p11
 from tests.conftest import ServerFactory, SoftTokenFactory
 from tests.fake import FakeToken
-from tests.ha.app import FAR, SOON, Application, working_until
+from tests.ha.app import FAR, SOON, Application, until, working_until
 from tests.ha.conftest import FakeFactory, StartFactory
 from tests.ha.keys import DIGEST, Keys, provision
 from tests.ha.relay import Relay
@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = {
 }
 REAL = QUICK | {"outlier_interval_s": 0.3, "outlier_min_calls": 12, "slow_start_s": 0.2}
 AWAY = QUICK | {"eject_base_s": LATE, "eject_max_s": LATE}  # who is ejected stays so
-SLOW_US = 5_000
+SLOW_US = 10_000
 NAMES = ("east", "west", "north")
 
 
@@ -300,7 +300,7 @@ def test_one_operation_is_its_trial_and_while_it_is_slow_the_only_one(trio: Trio
     slow(it.north)
     it.sign_until("member.ejected")
     before = it.inits()
-    with many(it, 8):
+    with many(it, 4):
         it.app.wait_for_event("member.ejected", "north", count=4)
         ended, trials = len(it.app.events("member.ejected")), len(it.app.events("member.trial"))
     assert it.inits() - before <= trials + 1
@@ -327,6 +327,22 @@ def test_trial_is_one_operation_of_all_threads_and_others_do_not_wait_for_it(tri
         held, inits = it.north["C_Sign"].held, it.inits() - before
         it.north.is_well_again()
     assert (held, inits) == (1, 1)
+
+
+def test_member_that_hangs_in_its_trial_costs_one_thread(trio: TrioFactory) -> None:
+    it = trio(**QUICK)
+    slow(it.north)
+    it.sign_until("member.ejected")
+    before = it.inits()
+    it.north["C_Sign"].hold = 1
+    with many(it, 4):
+        it.app.wait_for_event("member.ejected", "north", count=2)
+        assert " why=hangs " in it.app.events("member.ejected")[1]
+        over = until_ns(it.breaker.records[2].course, it.breaker.rule)
+        until(lambda: it.breaker.due_ns > over + 3 * it.breaker.rule.interval_ns, "its time is long over")
+        assert (it.north["C_Sign"].held, it.inits() - before) == (1, 1)
+        it.north.is_well_again()
+        it.app.wait_for_event("member.trial", "north", count=2)
 
 
 def test_admitted_member_gets_a_tenth_of_its_share_at_first(trio: TrioFactory) -> None:

@@ -172,9 +172,11 @@ def test_ejected_members_are_no_measure() -> None:
 # ---- how it comes back
 
 
-def alone(course: Course, does: Window = WELL, trial: Trial = Trial.OPEN, after_s: float = 0) -> Move:
+def alone(
+    course: Course, does: Window = WELL, trial: Trial = Trial.OPEN, after_s: float = 0, stuck: bool = False
+) -> Move:
     """The move of one member among three, so long after its course began."""
-    seats = group(WELL, WELL) | {2: seat(does, course, trial)}
+    seats = group(WELL, WELL) | {2: replace(seat(does, course, trial), stuck=stuck)}
     return step(seats, RULE, course.since_ns + int(after_s * S))[2]
 
 
@@ -209,6 +211,12 @@ def test_a_trial_that_does_not_end_has_failed() -> None:
     assert alone(TRIED, Window(), Trial.UNDER_WAY, 29).course == TRIED
     move = alone(TRIED, Window(), Trial.UNDER_WAY, 30)
     assert (move.course, move.why) == (Course(Phase.EJECTED, NOW + 30 * S, 2), "hangs")
+
+
+def test_who_is_stuck_in_a_trial_is_not_tried_again() -> None:
+    """A member that hangs for ever is to cost one thread, not one each time."""
+    assert alone(EJECTED, Window(), Trial.UNDER_WAY, 99, stuck=True).course == EJECTED
+    assert alone(EJECTED, Window(), Trial.UNDER_WAY, 99).course.phase is Phase.TRIAL
 
 
 def test_a_trial_that_nobody_takes_up_admits() -> None:
@@ -248,6 +256,7 @@ def test_who_is_one_too_many_comes_back_at_once() -> None:
 def test_the_next_look_is_in_time() -> None:
     assert due_ns([Course()], RULE, NOW) == NOW + 10 * S
     assert due_ns([Course(), EJECTED], RULE, NOW + 25 * S) == NOW + 30 * S
+    assert due_ns([Course(), EJECTED], RULE, NOW + 30 * S) == NOW + 40 * S
     assert due_ns([WARMING], RULE, NOW) == NOW + 2 * S
 
 

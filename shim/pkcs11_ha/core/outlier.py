@@ -34,8 +34,8 @@ STEPS = 10
 
 FAULTS = frozenset({Code.BUSY, Code.SESSION, Code.LOGIN})
 """Answers that no request can provoke, and that are repaired or done elsewhere.  A dead member is lost, a suspect one
-is judged by its peers' answer: who sends forgeries must not be able to have members ejected that are clumsy about
-them, by their answer or by the operation that they leave behind."""
+is judged by its peers' answer: who sends forgeries must not be able to have members ejected that are clumsy about them,
+by their answer or by the operation that they leave behind."""
 
 
 class Phase(enum.Enum):
@@ -55,7 +55,7 @@ class Trial(enum.IntEnum):
 
     OPEN = 0  # no call has come that could be it
     UNDER_WAY = 1
-    ENDED = 2
+    ENDED = 2  # or never begun
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Seat:
     course: Course
     own: Window = Window()
     reference: Window = Window()
-    trial: Trial = Trial.OPEN
+    trial: Trial = Trial.ENDED
+    stuck: bool = False  # the trial is still under way, and calls are inside the member
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def due_ns(courses: Sequence[Course], rule: Rule, now_ns: int) -> int:
     """When the next step is to be made."""
     due = now_ns + rule.interval_ns
     for course in courses:
-        if course.phase is Phase.EJECTED:
+        if course.phase is Phase.EJECTED and until_ns(course, rule) > now_ns:
             due = min(due, until_ns(course, rule))
         elif course.phase is Phase.WARMING:
             due = min(due, now_ns + rule.slow_start_ns // STEPS)
@@ -265,7 +266,7 @@ def _go_on(index: int, seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> Mo
     match course.phase:
         case Phase.REGULAR:
             return Move(replace(course, ejections=0) if elapsed >= rule.max_ns else course)
-        case Phase.EJECTED if now_ns >= until_ns(course, rule):
+        case Phase.EJECTED if now_ns >= until_ns(course, rule) and not seats[index].stuck:
             return Move(replace(course, phase=Phase.TRIAL, since_ns=now_ns), "time is up")
         case Phase.TRIAL:
             return _after_trial(index, seats, rule, now_ns)

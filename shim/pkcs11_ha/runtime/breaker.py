@@ -143,7 +143,8 @@ class Breaker:
     def _seat(self, index: int, now: _Counters) -> Seat:
         record = self.records[index]
         trial = Trial(native.lib.ha_slot_trial(self.slot, index))
-        return Seat(record.course, now.since(record.own), now.since(record.reference), trial)
+        stuck = trial is Trial.UNDER_WAY and native.lib.ha_member_in_flight(record.member.native) > 0
+        return Seat(record.course, now.since(record.own), now.since(record.reference), trial, stuck)
 
     def _share(self, index: int, share: float) -> None:
         native.lib.ha_slot_share(self.slot, index, round(share * native.lib.HA_WHOLE))

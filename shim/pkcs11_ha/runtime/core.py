@@ -329,7 +329,6 @@ class Core:
                 if self.changed.wait_for(lambda: self.stopping, _IDLE_STEP_S):
                     return
             for slot in self.slots.values():
-                self.look(slot)
                 if any(self._is_due(member) for member in slot.members):
                     self.check(slot)
 
