@@ -27,7 +27,8 @@ from tests.ha.test_balance import Signing, in_threads
 LATE = 3600
 QUICK: dict[str, Any] = {
     "outlier": "on",
-    "outlier_interval_s": 0.05,
+    "outlier_interval_s": 0.1,
+    "outlier_min_calls": 10,
     "outlier_ratio": 0.5,
     "eject_base_s": 0.2,
     "eject_max_s": 0.4,
