@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ STORE_BYTES = 24 << 20  # of a token's file system, where we may mount one
 SLOW_S = 0.02
 OTHER_PIN = "654321"
 _PIECE = 1 << 16
+_WRITTEN_S = 0.05  # SoftHSM needs less for a file
 
 
 def mount(directory: Path) -> bool:
@@ -62,11 +64,13 @@ class Member:
     server: Server | None = None
     relay: Relay | None = None
     _signalled: list[int] = field(default_factory=list)
+    _own_data: bytes = b""
 
     def __post_init__(self) -> None:
         self.orders = Orders(self.token.directory / "orders", self.history, self.seat.name)
         self.stack.callback(self.orders.close)
         self.env = self.token.env | self.orders.env(softhsm())
+        self.heal()
 
     def start(self) -> None:
         watched = copy.copy(self.token)
@@ -186,6 +190,21 @@ class Member:
         if self._store.exists():
             shutil.rmtree(self._store)
         self._store.with_name("away").rename(self._store)
+
+    def heal(self) -> None:
+        """SoftHSM empties the file with the token's own data before it writes it, at each login: who dies then, or has
+        no room, has lost the token, as no HSM would."""
+        file = next(self._store.glob("*/token.object"), None)
+        if file is None:
+            return
+        self._own_data = self._own_data or file.read_bytes()
+        if file.stat().st_size == len(self._own_data):
+            return
+        time.sleep(_WRITTEN_S)
+        if file.stat().st_size != len(self._own_data):
+            whole = file.with_name("token.whole")
+            whole.write_bytes(self._own_data)
+            whole.rename(file)
 
     # ---- the token
 

@@ -383,6 +383,7 @@ class Soak:
             self._start(self.clients[strike.target])
         else:
             EFFECTS[strike.kind][1](self.members[strike.target])
+            self.members[strike.target].heal()
             self.struck[strike.target] -= 1
             self.unsettled[strike.target] = now()
         if strike.kind == "pin-refused":
