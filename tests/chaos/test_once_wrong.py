@@ -42,9 +42,22 @@ ONCE_WRONG: dict[str, Sequence[Step]] = {
         Use(1, 0),
     ],
 }
+OWED: dict[str, Sequence[Step]] = {
+    # Its first calls are those of the login and of the lease; then a data object, which can bear no mark, is announced,
+    # made, and said to be there.
+    f"owed, and its member dies over it (call {nth}) before {write}": [
+        Kill(1),
+        Do(0, DATA),
+        GiveBack(1),
+        Wait(0, MemberDies(1, nth, after=True)),
+        Do(0, write),
+    ]
+    for nth in (4, 5)
+    for write in (Destroy(0), Rename(0))
+}
 
 
-@pytest.mark.parametrize("steps", ONCE_WRONG.values(), ids=ONCE_WRONG)
+@pytest.mark.parametrize("steps", (ONCE_WRONG | OWED).values(), ids=ONCE_WRONG | OWED)
 def test_it_goes_right(begin: Begin, steps: Sequence[Step]) -> None:
     with begin((True, True)) as history:
         for step in steps:

@@ -141,6 +141,11 @@ def has_id(object_class: int | None) -> bool:
     return object_class in (ck.CKO_PRIVATE_KEY, ck.CKO_PUBLIC_KEY, ck.CKO_SECRET_KEY, ck.CKO_CERTIFICATE)
 
 
+def may_be_tagged(object_class: int | None, template: Template) -> bool:
+    """Whether CKA_ID can say that an object is new: not of one without it, or that must not be modified."""
+    return has_id(object_class) and template.get(ck.CKA_MODIFIABLE) != FALSE
+
+
 def tag(uid: str) -> dict[int, bytes]:
     """What an object is called on a token until the ledger says that it is there: no application sees it so.
 

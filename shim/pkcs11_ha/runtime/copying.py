@@ -14,7 +14,7 @@ from pkcs11_ha.core.template import (
     Template,
     contradictions,
     for_copy,
-    has_id,
+    may_be_tagged,
     named,
     tag,
     wished,
@@ -110,11 +110,7 @@ class Copying:
             raise Refused(member, ck.CKR_KEY_UNEXTRACTABLE, "a key of which there is no blob; C_UnwrapKey")
         with on(reference):
             shown = attributes.template_of(reference, reference.session, handle)
-        mark = (
-            tag(target.uid)
-            if has_id(target.name.object_class) and shown.get(ck.CKA_MODIFIABLE) != FALSE
-            else {}
-        )
+        mark = tag(target.uid) if may_be_tagged(target.name.object_class, shown) else {}
         final = {n: v for n, v in shown.items() if isinstance(v, bytes)}
         point = self.whereabouts.point_of(reference, target.name) if member.profile == "nss" else None
         made = self.make_on(member, target, {**shown, **target.change, **named(target.name), **mark}, point)

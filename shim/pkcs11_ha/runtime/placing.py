@@ -19,8 +19,8 @@ from pkcs11_ha.core.template import (
     TRUE,
     Template,
     contradictions,
-    has_id,
     is_stateful,
+    may_be_tagged,
     named,
     renamed,
     tag,
@@ -84,8 +84,7 @@ class Part:
 
     @property
     def may_be_tagged(self) -> bool:
-        """Whether CKA_ID can say that it is new: not of objects without one, or that must not be modified."""
-        return has_id(self.entry.name.object_class) and self.final.get(ck.CKA_MODIFIABLE) != FALSE
+        return may_be_tagged(self.entry.name.object_class, self.final)
 
 
 class Placing:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from pkcs11_ha import ck
 from pkcs11_ha.core.ledger import Entry, Replica, Situation, Stage, assess, tombstone
 from pkcs11_ha.core.template import (
     has_id,
+    may_be_tagged,
     named,
 )
 from pkcs11_ha.log import Event
+from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.copying import Copying
 from pkcs11_ha.runtime.ledger import Busy, me
@@ -195,10 +198,9 @@ class Settling:
             (
                 r.entry
                 for r in replicas
-                # What was only announced there may never have been made.
                 if r.member == member.name
                 and r.entry.weight < target.weight
-                and (r.stage is not Stage.ANNOUNCED or not target.alive)
+                and self._may_have(member, target, r)
             ),
             key=lambda entry: entry.weight,
             default=None,
@@ -213,6 +215,14 @@ class Settling:
             return
         self.mark(member, target, Stage.PLACED)
         self.drop_tag(member, target)
+
+    def _may_have(self, member: Member, target: Entry, own: Replica) -> bool:
+        """What was only announced there may never have been made: it is looked for, where it bears no mark."""
+        if own.stage is not Stage.ANNOUNCED or not target.alive:
+            return True
+        is_older = own.entry.version < target.version  # else it bears the name that it is to have
+        unmarked = not has_id(target.name.object_class)
+        return is_older and unmarked and self.whereabouts.surplus(member, own.entry)
 
     def _bury(self, member: Member, target: Entry, own: Entry | None) -> None:
         for handle in self.whereabouts.tagged(member, target.uid):
@@ -257,9 +267,26 @@ class Settling:
         is_key = target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY)
         if is_key and (target.wrapped is None or not self.copying.keeps(member, target.wrapped)):
             return False  # it could not be wrapped: `p11ha check` says so
+        self._foretell(member, target, replicas, *source)
         self.copying.copy_over(member, target, *source)
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
         return True
+
+    def _foretell(
+        self, member: Member, target: Entry, replicas: Sequence[Replica], reference: Member, handle: int
+    ) -> None:
+        """Says in the member's own ledger that a copy may be there, where no mark on the copy will.
+
+        Else nothing would tell of it if the member died before the ledger knows, and it would outlive its destruction
+        elsewhere.  The entry is nobody's, as the lease says who is at work: the one to come outweighs it.
+        """
+        if any(r.member == member.name and r.entry.version == target.version for r in replicas):
+            return
+        with on(reference):
+            shown = attributes.read(reference, reference.session, handle, (ck.CKA_MODIFIABLE,))
+        if not may_be_tagged(target.name.object_class, shown):
+            nobodys = replace(target, owner=None)
+            self.party.ledger.write(member, nobodys, Stage.ANNOUNCED, self.party.there())
 
     def _undo(self, uid: str) -> None:
         """One half of a pair whose other half never came to be."""
