@@ -100,7 +100,7 @@ class Operation:
 OPERATIONS: list[Operation] = []
 
 # p11-kit 0.24's client carries no parameters of these mechanisms, and takes them off its list.
-NOT_THROUGH_P11_KIT = ("cbc", "cbc-in-parts", "seal-gcm", "ctr")
+NOT_THROUGH_P11_KIT = ("cbc", "cbc-in-parts", "seal-gcm", "ctr", "wrap")
 
 
 def operation(
