@@ -322,12 +322,14 @@ void ha_call_answer(ha_call *call, CK_RV rv)
     ha_call_done(call, rv);
 }
 
-/* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init. */
+/* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init.  Not
+ * where objects would go with its session: they would be lost for an answer that may be the request's own fault. */
 static RARE void forget_half_taken(ha_call *call)
 {
     ha_session *session = call->session;
     bool there = session->active && session->member == call->member && session->at[call->member].epoch == call->epoch;
-    if (there && ha_rows[call->row].phase > HA_PHASE_INIT && ha_session_may_move(session))
+    if (there && !(session->owns >> call->member & 1) && ha_rows[call->row].phase > HA_PHASE_INIT &&
+        ha_session_may_move(session))
         ha_session_drop(session, call->member);
 }
 
@@ -390,11 +392,11 @@ void ha_lengths_restore(const ha_lengths *lengths, CK_ATTRIBUTE *attributes)
     for (CK_ULONG k = 0; k < lengths->count; k++) attributes[k].ulValueLen = length[k];
 }
 
-/* What ha_bounded says of one output, of each of them. */
+/* What ha_bounded says of one output, of each of them; where there was too little room some tell how much they want. */
 CK_RV ha_lengths_bounded(const ha_lengths *lengths, const CK_ATTRIBUTE *attributes, CK_RV rv)
 {
     const CK_ULONG *capacity = lengths->length ? lengths->length : lengths->few;
-    for (CK_ULONG k = 0; k < lengths->count; k++)
+    for (CK_ULONG k = 0; rv != CKR_BUFFER_TOO_SMALL && k < lengths->count; k++)
         if (attributes[k].pValue && attributes[k].ulValueLen > capacity[k] &&
             attributes[k].ulValueLen != CK_UNAVAILABLE_INFORMATION)
             return CKR_DEVICE_ERROR;

@@ -667,6 +667,27 @@ def test_input_that_the_failed_member_wrote_over_is_given_to_the_next_as_it_was(
     assert two.app.away() == {"east"}
 
 
+def test_key_of_the_session_survives_an_operation_that_its_member_refuses(two: Two) -> None:
+    """No other member has it, so the answer is the application's: its session there must not be closed for it."""
+    secret = two.session.generate_key(
+        p11.CKM_GENERIC_SECRET_KEY_GEN,
+        {p11.CKA_TOKEN: False, p11.CKA_SIGN: True, p11.CKA_VALUE_LEN: 32, p11.CKA_LABEL: "of the session"},
+    )
+    right = two.session.sign(p11.CKM_SHA256_HMAC, secret, DIGEST)
+    member = two.app.served(two.session)
+    two.session.init("C_SignInit", p11.CKM_SHA256_HMAC, secret)
+    token = two.east if member == "east" else two.west
+    two.session.feed("C_SignUpdate", DIGEST)
+    token["C_SignFinal"].answers(
+        p11.CKR_FUNCTION_FAILED, times=1, late=True
+    )  # and the operation has ended there
+    assert code(lambda: two.session.call("C_SignFinal", create_string_buffer(64), byref(c_ulong(64)))) == (
+        "CKR_FUNCTION_FAILED"
+    )
+    assert two.session.sign(p11.CKM_SHA256_HMAC, secret, DIGEST) == right
+    assert two.app.away() == set()
+
+
 def test_two_operations_of_one_session_both_move(make_two: TwoFactory) -> None:
     two = make_two()
     right, digest = two.sign(), two.session.digest(p11.CKM_SHA256, DIGEST)
