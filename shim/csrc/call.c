@@ -51,38 +51,10 @@ static RARE CK_RV check_objects(const ha_call *call, const struct ha_row *row)
     return CKR_OK;
 }
 
-/* Ends operations, on the member too: with its session, or, where that has objects, as PKCS#11 3.0 has it (5.6.9). */
-static RARE CK_RV cancel(ha_session *session, uint32_t ops, CK_FLAGS flags)
-{
-    int m = session->member;
-    uint32_t others = session->active & ~ops;
-    if (!(session->active & ops)) return CKR_OK;
-    if (m >= 0 && session->at[m].epoch && session->owns >> m & 1) {
-        ha_member *member = session->slot->member[m];
-        ha_call call = {.row = FN_C_SessionCancel};
-        CK_C_SessionCancel end = (CK_C_SessionCancel)member->functions[FN_C_SessionCancel];
-        if (!end) return CKR_OPERATION_CANCEL_FAILED;
-        if (ha_enter(member, session->at[m].epoch, &call)) {
-            CK_RV rv = end(session->at[m].handle, flags);
-            ha_leave(member, &call);
-            if (rv != CKR_OK) return CKR_OPERATION_CANCEL_FAILED;
-        }
-    } else {
-        session->active = others;
-        bool may_move = ha_session_may_move(session);
-        session->active |= ops;
-        if (others && !may_move) return CKR_OPERATION_CANCEL_FAILED;
-        if (m >= 0) ha_session_drop(session, m);
-    }
-    ha_session_end_operations(session, ops);
-    return CKR_OK;
-}
-
 /* An Init without a mechanism ends what is under way (PKCS#11 3.0, 5.8.1). */
 static RARE CK_RV cancel_by_init(ha_session *session, uint32_t ops)
 {
-    unsigned op = (unsigned)__builtin_ctz(ops);
-    return session->active & ops ? cancel(session, ops, ha_cancel_flags[op]) : CKR_ARGUMENTS_BAD;
+    return session->active & ops ? ha_session_cancel(session, ops) : CKR_ARGUMENTS_BAD;
 }
 
 /* Keeps an Init, so that it can be repeated on another member. Before the member sees it: it may write into it. */
@@ -450,20 +422,6 @@ CK_RV ha_call_end(ha_call *call)
     if (call->mechanism_copy) free(call->mechanism_copy);
     if (call->input) ha_call_wipe_input(call);
     if (__builtin_expect(session->trial != 0, 0)) ha_trial_end(session);
-    ha_session_unlock(session);
-    return rv;
-}
-
-CK_RV native_C_SessionCancel(CK_SESSION_HANDLE hSession, CK_FLAGS flags)
-{
-    ha_session *session = ha_session_lock(hSession);
-    if (!session) return CKR_SESSION_HANDLE_INVALID;
-    ha_gate(session->slot);
-    uint32_t ops = 0;
-    for (unsigned k = 0; k < HA_OPS; k++)
-        if (ha_cancel_flags[k] & flags) ops |= session->active & 1U << k;
-    CK_RV rv = cancel(session, ops, flags);
-    if (rv == CKR_OK && flags & CKF_FIND_OBJECTS) session->finding = false;
     ha_session_unlock(session);
     return rv;
 }

@@ -102,7 +102,9 @@ CK_SESSION_HANDLE ha_session_handle(ha_session *session);
 int ha_session_member(ha_session *session); /* serving the operation under way, -1: none */
 unsigned ha_session_active(ha_session *session);
 int ha_session_may_move(ha_session *session); /* 1: what is under way may be repeated elsewhere */
+unsigned ha_session_keys(const ha_session *session, CK_OBJECT_HANDLE *key, unsigned room);
 void ha_session_drop(ha_session *session, int member);
+void ha_session_renew(ha_session *session, int member);
 void ha_session_own(ha_session *session, int member);
 
 /* ---- virtual objects ---- */

@@ -320,6 +320,12 @@ void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG co
 void ha_call_refused(ha_call *call);
 void ha_operations_lost(ha_call *call);
 
+/* ---- cancel.c ---- */
+void ha_session_leave(ha_session *session, int member, uint32_t ops);
+CK_RV ha_session_cancel(ha_session *session, uint32_t ops);
+/* Generated: the last call of one operation, with whatever data. */
+CK_RV ha_finish(ha_call *call, unsigned op, unsigned char *out, CK_ULONG out_size);
+
 /* ---- replay.c ---- */
 void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, CK_ULONG in_size, const void *out,
                 CK_ULONG out_size);

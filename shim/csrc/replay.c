@@ -159,18 +159,49 @@ static CK_OBJECT_HANDLE handle_in(const unsigned char *in)
     return object;
 }
 
-/* The members of `candidates` that may have all keys of the operations under way. */
-uint32_t ha_without_operation_keys(const ha_session *session, uint32_t candidates)
+/* What the operations under way use, in the order in which they came to it. */
+static void each_key(const ha_session *session, void (*tell)(void *to, CK_OBJECT_HANDLE key), void *to)
 {
     for (uint32_t left = session->active; left; left &= left - 1) {
         const struct ha_operation *operation = &session->operation[__builtin_ctz(left)];
         const unsigned char *in;
         struct entry entry;
-        if (operation->key) candidates &= ~ha_object_absent_mask(operation->key);
+        if (operation->key) tell(to, operation->key);
         for (size_t at = 0; (in = next_entry(operation, &at, &entry));)
-            if (entry.row == FN_C_DigestKey) candidates &= ~ha_object_absent_mask(handle_in(in));
+            if (entry.row == FN_C_DigestKey) tell(to, handle_in(in));
     }
+}
+
+static void leave_absent(void *candidates, CK_OBJECT_HANDLE key)
+{
+    *(uint32_t *)candidates &= ~ha_object_absent_mask(key);
+}
+
+/* The members of `candidates` that may have all keys of the operations under way. */
+uint32_t ha_without_operation_keys(const ha_session *session, uint32_t candidates)
+{
+    each_key(session, leave_absent, &candidates);
     return candidates;
+}
+
+struct keys {
+    CK_OBJECT_HANDLE *key;
+    unsigned count, room;
+};
+
+static void note_key(void *to, CK_OBJECT_HANDLE key)
+{
+    struct keys *keys = to;
+    if (keys->count < keys->room) keys->key[keys->count] = key;
+    keys->count++;
+}
+
+/* Virtual handles of these keys, the first `room` of them; how many there are. */
+unsigned ha_session_keys(const ha_session *session, CK_OBJECT_HANDLE *key, unsigned room)
+{
+    struct keys keys = {.key = key, .room = room};
+    each_key(session, note_key, &keys);
+    return keys.count;
 }
 
 /* Operations move to another member while all that they took is known; else they are lost, and said so. */
@@ -316,13 +347,15 @@ void ha_repeat_operations(ha_call *call)
     bool begun = false;
     for (uint32_t left = session->active; left && outcome == DONE; left &= left - 1)
         outcome = repeat_operation(call, (unsigned)__builtin_ctz(left), &begun);
-    if (outcome != DONE && begun) ha_session_drop(session, call->member); /* it stands in the middle of something */
+    if (outcome != DONE && begun) ha_session_leave(session, call->member, session->active);
     switch (outcome) {
     case DONE: {
         int before = session->member;
         session->member = call->member;
-        /* Where it was under way before, it still is: that session must not reach another user. */
-        if (before >= 0 && before != call->member && !(session->owns >> before & 1)) ha_session_drop(session, before);
+        /* Where it was under way before, it still is: that session must not reach another user.  Who is suspected of
+         * hanging, say, is not asked for more: what is left there ends when it stands in the way. */
+        if (before >= 0 && before != call->member && !(session->owns & call->suspects & 1U << before))
+            ha_session_leave(session, before, session->active);
         break;
     }
     case LOOK_AGAIN: break;

@@ -121,6 +121,7 @@ static struct ha_pool *pool_of(ha_session *session, int member)
 CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
 {
     if (session->at[member].epoch == epoch) return CKR_OK;
+    session->owns &= ~(1U << member); /* what it had there was of another life */
     struct ha_pool *pool = pool_of(session, member);
     pthread_mutex_lock(&pool->lock);
     if (pool->epoch == epoch && pool->count) {

@@ -181,7 +181,7 @@ static CK_RV set_state(ha_session *session, const unsigned char *bytes, size_t s
         for (unsigned op = 0; op < HA_OPS; op++) ha_operation_forget(&operation[op]);
         return rv;
     }
-    if (session->active && session->member >= 0) ha_session_drop(session, session->member);
+    if (session->active && session->member >= 0) ha_session_leave(session, session->member, session->active);
     ha_session_end_operations(session, session->active);
     for (uint32_t ops = state.ops; ops; ops &= ops - 1)
         session->operation[__builtin_ctz(ops)] = operation[__builtin_ctz(ops)];

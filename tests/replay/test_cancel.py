@@ -88,6 +88,23 @@ def test_cancelled_after_its_member_died(mortal: Killable, verb: str, cancel: Ca
 
 
 @EACH
+@pytest.mark.parametrize("cancel", [by_init, by_cancel])
+def test_cancelled_beside_a_key_that_only_this_session_has(
+    mortal: Killable, verb: str, cancel: Cancel
+) -> None:
+    """Its member has PKCS#11 2.40, where nothing but the session's end would cancel: the key must not end with it."""
+    use = mortal.use()
+    template = {p11.CKA_TOKEN: False, p11.CKA_SIGN: True, p11.CKA_VALUE_LEN: 32}
+    secret = use.session.generate_key(p11.CKM_GENERIC_SECRET_KEY_GEN, template)
+    right = use.session.sign(p11.CKM_SHA256_HMAC, secret, DATA)
+    for _ in range(4):  # both members have their turn
+        begin(use, verb)
+        assert cancel(use, verb) == "CKR_OK"
+        is_free(use, verb)
+        assert use.session.sign(p11.CKM_SHA256_HMAC, secret, DATA) == right
+
+
+@EACH
 def test_init_without_a_mechanism_and_nothing_to_cancel(mortal: Killable, verb: str) -> None:
     assert by_init(mortal.use(), verb) in ("CKR_OPERATION_NOT_INITIALIZED", "CKR_ARGUMENTS_BAD")
 

@@ -32,9 +32,9 @@ def left_behind(app: Application, name: str) -> int:
     return instance(app, name).left_behind
 
 
-def threads() -> int:
+def threads() -> set[str]:
     """Also those that Python knows nothing of."""
-    return len(list(Path("/proc/self/task").iterdir()))
+    return {task.name for task in Path("/proc/self/task").iterdir()}
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_more_callers_than_threads(fakes: Fakes, start: StartFactory) -> None:
     for caller in callers:
         caller.join()
     assert (east.calls("C_GenerateRandom"), app.away()) == (48, set())
-    until(lambda: threads() - before <= 32, "there are no more threads than there may be")
+    until(lambda: len(threads() - before) <= 32, "there are no more threads than there may be")
     app.module.finalize()
     until(lambda: threads() <= before, "the threads have gone")
 
@@ -213,7 +213,7 @@ def test_without_a_limit_there_is_no_thread(fakes: Fakes, start: StartFactory) -
     app = start(*(token.member() for token in fakes))
     before = threads()
     app.login(PIN).random(8)
-    assert threads() == before
+    assert threads() <= before  # of those that were there some may have ended
 
 
 def test_application_that_forbids_threads_has_no_limits(fakes: Fakes, start: StartFactory) -> None:
@@ -229,7 +229,7 @@ def test_application_that_forbids_threads_has_no_limits(fakes: Fakes, start: Sta
         in app.events("member.lost", "east")[-1]
     )
     app.login(PIN).random(8)
-    assert threads() == before
+    assert threads() <= before  # of those that were there some may have ended
 
 
 def test_no_signal_comes_to_a_thread_of_ours(

@@ -108,6 +108,9 @@ def _probe(call: Any, _slot: VirtualSlot, member: Member) -> int:
 
 def _new_session(call: Any, slot: VirtualSlot, member: Member) -> int:
     """What was under way in it is begun again, if it may be."""
+    if member.code(call.rv) is Code.OPERATION:
+        native.lib.ha_session_renew(call.session, call.member)  # its objects stay
+        return _with_login(call, slot, member)
     native.lib.ha_session_drop(call.session, call.member)
     native.lib.ha_slot_drain_pools_of(slot.native, call.member)
     return _with_login(call, slot, member)
@@ -293,8 +296,19 @@ def _looks_again(slot: VirtualSlot, call: Any) -> bool:
         return False
     call.repairs |= _LOOKED_AGAIN
     left = slot.serving_mask & ~int(call.tried)
-    doubted = [slot.objects.doubt(int(call.object[place]), left) for place in range(call.objects)]
+    doubted = [slot.objects.doubt(handle, left) for handle in _needed(call)]
     return any(doubted)
+
+
+def _needed(call: Any) -> list[int]:
+    """Its objects, and the keys of the operations that it would take along."""
+    objects = [int(call.object[place]) for place in range(call.objects)]
+    if FUNCTIONS[int(call.row)].ops:
+        count = native.lib.ha_session_keys(call.session, native.ffi.NULL, 0)
+        keys = native.ffi.new("CK_OBJECT_HANDLE[]", count)
+        native.lib.ha_session_keys(call.session, keys, count)
+        objects += list(keys)
+    return objects
 
 
 def _present(slot: VirtualSlot, call: Any, place: int) -> int:

@@ -62,6 +62,9 @@ class Settling:
                 if replica.stage is not Stage.KEPT:
                     self.party.ledger.mark(by_name[replica.member], replica, Stage.KEPT, there)
             if self.party.group.escrow == "token":
+                for replica in replicas:  # what was foretold, by who ended before it was taken back
+                    if replica.entry.weight < situation.target.weight:
+                        self.party.ledger.erase(replica)
                 return
         # Those that were owed last: while one of theirs is left, nobody is owed again.
         for replica in sorted(

@@ -334,7 +334,7 @@ def entries(prototypes: Prototypes) -> str:
     ):
         names = ",\n    ".join(row.name for row in FUNCTIONS if row.since in until)
         text += f"\n{structure} ha_list_{version.replace(', ', '_')} = {{\n    {{{version}}},\n    {names},\n}};\n"
-    return text + "\n" + _rows(prototypes) + "\n" + _replay()
+    return text + "\n" + _rows(prototypes) + "\n" + _replay() + "\n" + _finish()
 
 
 def _rows(prototypes: Prototypes) -> str:
@@ -404,6 +404,37 @@ def _replay() -> str:
         "    switch (call->row) {\n"
         + "\n".join(parts)
         + "\n    default: return CKR_FUNCTION_FAILED;\n    }\n}\n"
+    )
+
+
+def _last_of(op: Op) -> list[Function]:
+    """What ends an operation: its Final, and what a member that has no such thing ends it with."""
+    rows = [row for row in FUNCTIONS if row.ops == op and row.phase in (Phase.FINAL, Phase.SINGLE)]
+    return sorted(rows, key=lambda row: -row.phase)
+
+
+_ANYTHING = {
+    Role.SESSION: "call->member_session",
+    Role.IN: "out",
+    Role.IN_LEN: "1",
+    Role.OUT: "out",
+    Role.OUT_LEN: "&out_size",
+}
+
+
+def _finish() -> str:
+    cases = []
+    for op in OPERATIONS:
+        tries = [f"LAST({r.name}, ({', '.join(_ANYTHING[role] for role in r.roles)}));" for r in _last_of(op)]
+        cases.append(f"    case {_number(op)}: {' '.join(tries)} break;")
+    return (
+        "#define LAST(name, arguments) \\\n"
+        "    if (rv == CKR_FUNCTION_NOT_SUPPORTED && call->target->functions[FN_##name]) \\\n"
+        "    rv = ((CK_##name)call->target->functions[FN_##name]) arguments\n"
+        "CK_RV ha_finish(ha_call *call, unsigned op, unsigned char *out, CK_ULONG out_size)\n{\n"
+        "    CK_RV rv = CKR_FUNCTION_NOT_SUPPORTED;\n    switch (op) {\n"
+        + "\n".join(cases)
+        + "\n    }\n    return rv;\n}\n#undef LAST\n"
     )
 
 
