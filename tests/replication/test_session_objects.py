@@ -27,7 +27,9 @@ KEY: Template = {
     p11.CKA_LABEL: "session",
 }
 BASE: Template = software.ec_private(ec.derive_private_key(0x1234567890ABCDEF, ec.SECP256R1()), "base")
-KEK: Template = software.secret(p11.CKK_AES, bytes(range(32)), "kek", b"\1", p11.CKA_WRAP, p11.CKA_UNWRAP)
+KEK: Template = software.secret(
+    *(p11.CKK_AES, bytes(range(32)), "kek", b"\1", p11.CKA_WRAP, p11.CKA_UNWRAP, p11.CKA_ENCRYPT)
+)
 
 Make = Callable[[p11.Session], int]
 
@@ -49,7 +51,31 @@ def derived(session: p11.Session) -> int:
     return session.derive(ecdh(peer()), base, KEY | {p11.CKA_VALUE_LEN: 32})
 
 
-TOLD: dict[str, Make] = {"created": created, "unwrapped": unwrapped, "derived": derived}
+def copied(session: p11.Session) -> int:
+    """Of a key that is gone, by way of another one that is gone."""
+    key = session.create(KEY | {p11.CKA_VALUE: bytes(range(32)), p11.CKA_LABEL: "first"})
+    for label in ("second", "session"):
+        copy = session.copy(key, {p11.CKA_LABEL: label})
+        session.destroy(key)
+        key = copy
+    return key
+
+
+def copied_from_the_token(session: p11.Session) -> int:
+    base = session.find_one({p11.CKA_LABEL: "kek"})
+    return session.copy(base, {p11.CKA_TOKEN: NO, p11.CKA_LABEL: "session"})
+
+
+def changed(session: p11.Session) -> int:
+    key = session.create(KEY | {p11.CKA_VALUE: bytes(range(32)), p11.CKA_LABEL: "first"})
+    for label in ("second", "session"):
+        session.set(key, {p11.CKA_LABEL: label})
+    return key
+
+
+TOLD: dict[str, Make] = {
+    make.__name__: make for make in (created, unwrapped, derived, copied, copied_from_the_token, changed)
+}
 
 
 def started(start: StartFactory, session_keys: str = "pin") -> tuple[Domain, p11.Session]:

@@ -16,8 +16,9 @@ import pytest
 
 from demo.members import SoftToken
 from pkcs11_ha.core.ledger import decode
+from tests import p11
 from tests.conftest import ROOT
-from tests.ha.app import until
+from tests.ha.app import code, until
 from tests.replication import contents
 from tests.replication.compare import ON_COPIES
 from tests.replication.contents import Contents, Held
@@ -73,6 +74,29 @@ class Client:
 
 
 ClientFactory = Callable[[], Client]
+
+
+@pytest.fixture
+def other(module: Path) -> Iterator[Client]:
+    """One beside this process."""
+    client = Client(module)
+    client.ask("initialise")
+    yield client
+    client.close()
+
+
+def test_object_that_another_process_destroyed_is_gone_also_while_a_member_is_away(
+    app: Domain, other: Client
+) -> None:
+    """It can be told from one that is only on the member that is away."""
+    session = app.login(PIN)
+    session.create({p11.CKA_CLASS: p11.CKO_DATA, p11.CKA_TOKEN: True, p11.CKA_LABEL: "note"})
+    note = session.find_one({p11.CKA_LABEL: "note"})
+    assert session.get(note, p11.CKA_LABEL)[0] == b"note"
+    other.ask("login")
+    other.ask("destroy", "note")
+    with app.without("west"):
+        assert code(lambda: session.get(note, p11.CKA_LABEL)) == "CKR_OBJECT_HANDLE_INVALID"
 
 
 @pytest.fixture

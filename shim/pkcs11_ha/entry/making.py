@@ -136,7 +136,7 @@ def seed(
     ]
     carried = making.carried(slot, session).without(unable)
     handles = making.make(carried, templates)
-    return Seed(slot.members[carried.index], tuple(handles))
+    return Seed(slot.members[carried.index], carried.epoch, tuple(handles))
 
 
 def _are_keys(wishes: Sequence[Template]) -> list[bool]:
@@ -206,6 +206,7 @@ class Again:
     def __init__(self, making: Making, kept: Any, templates: Sequence[_Locked]) -> None:
         self._call: tuple[Making, Any, Sequence[_Locked]] | None = (making, kept, templates)
         self.wrapped: Wrapped | None = None
+        self.steps = 1
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
         """Makes the object on a member; None if that cannot be.  `made` of the result is its handle there."""
@@ -220,8 +221,63 @@ class Again:
             return None
         return carried
 
+    def shared(self) -> Again | None:
+        """The same for another object, which outlives this one."""
+        if self._call is None:
+            return None
+        again = Again(*self._call)
+        again.wrapped = self.wrapped
+        return again
+
     def forget(self) -> None:
         self._call = None
+
+
+_STEPS = 16  # of one recipe: who changes a session object without end has it on its member alone
+
+
+class Then:
+    """The recipe of a session object that was copied from another, or changed: that of before, and this step."""
+
+    def __init__(self, before: Recipe, name: str, template: _Locked) -> None:
+        self.before, self.name, self.template = before, name, template
+        self.wrapped = before.wrapped
+        self.steps: int = before.steps + 1
+
+    def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
+        """As that of `Again`."""
+        first = self.before.run(slot, session, index)
+        if first is None:
+            return None
+        member, array, count = slot.members[index], self.template.array, self.template.count
+        copies = self.name == "C_CopyObject"
+        made = native.ffi.new("CK_OBJECT_HANDLE *", first.made)
+        carried = Carried(self.name, slot, session).only(member)
+        rv = carried.run(
+            lambda function, call: int(
+                function(call.member_session, first.made, array, count, *([made] if copies else []))
+            )
+        )
+        if copies or rv != ck.CKR_OK:
+            member.call("C_DestroyObject", first.session, first.made)
+        carried.made = int(made[0])
+        return carried if rv == ck.CKR_OK else None
+
+    def shared(self) -> Then | None:
+        """As that of `Again`."""
+        before = self.before.shared()
+        return Then(before, self.name, self.template) if before is not None else None
+
+    def forget(self) -> None:
+        self.before.forget()
+
+
+def then(before: Recipe | None, name: str, array: Any, count: int) -> Then | None:
+    """One more step of a recipe, `name` with this template; None where there is no recipe, or no end of them."""
+    nested = any(array[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count))
+    if before is None or nested or before.steps >= _STEPS:
+        return None
+    return Then(before, name, _Locked(array, count))
 
 
 class _Locked(Filled):
@@ -275,6 +331,7 @@ class Unwrapped:
         self.replication, self.template = replication, template
         self.wrapped: Wrapped | None = wrapped
         self.blob = wrapped
+        self.steps = 1
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
         """As that of `Again`."""
@@ -296,6 +353,10 @@ class Unwrapped:
         )
         carried.made = int(made[0])
         return carried if rv == ck.CKR_OK else None
+
+    def shared(self) -> Unwrapped:
+        """As that of `Again`."""
+        return self
 
     def forget(self) -> None:
         """It holds nothing that is secret."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from pkcs11_ha import ck
-from pkcs11_ha.core.template import FALSE, TRUE, Template, is_stateful, ulong
+from pkcs11_ha.core.template import FALSE, TRUE, Template, is_stateful, renamed, ulong
 from pkcs11_ha.entry import making
 from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import current, slot_of
 from pkcs11_ha.entry.questions import blame
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
+from pkcs11_ha.runtime.attributes import said
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import Recipe, VirtualObject
@@ -76,7 +78,23 @@ def _copy_object(handle: int, source: int, template: Any, count: int, result: An
     def make(function: Any, call: Any, made: Any) -> int:
         return int(function(call.member_session, call.member_object[0], template, count, made))
 
-    return _make("C_CopyObject", slot, session, (source,), make, result, once=token == TRUE)
+    again = None if token == TRUE else _recipe_of_copy(known, template, count)
+    return _make("C_CopyObject", slot, session, (source,), make, result, again, once=token == TRUE)
+
+
+def _recipe_of_copy(source: VirtualObject, template: Any, count: int) -> Recipe | None:
+    """From the object of a session as that is made, which may be gone by then; from one of the token as it is."""
+    if source.recipe is not None:
+        return making.then(source.recipe.shared(), "C_CopyObject", template, count)
+    if not source.identity.token:
+        return None
+
+    def forward(function: Any, call: Any, templates: Any, made: Any) -> int:
+        given = (call.member_session, call.member_object[0], templates[0].array, templates[0].count)
+        return int(function(*given, made))
+
+    copying = making.Making("C_CopyObject", (source.handle,), None, ((template, count),), forward)
+    return making.recipe(copying)
 
 
 def _make(
@@ -196,10 +214,15 @@ def _set_attribute_value(handle: int, object_: int, template: Any, count: int) -
         known,
         lambda function, call: int(function(call.member_session, call.member_object[0], template, count)),
     )
-    slot.objects.renew(known, done[0].index, done[0].session)
-    if known.recipe is not None:
-        known.recipe.forget()
-        known.recipe = None
+    for carried in done:
+        with suppress(CkError):  # it has changed it, and died since
+            slot.objects.renew(known, carried.index, carried.session)
+            break
+    else:
+        slot.objects.rename(known, renamed(known.identity.name, said(template, count)))
+    before, known.recipe = known.recipe, making.then(known.recipe, "C_SetAttributeValue", template, count)
+    if before is not None and known.recipe is None:
+        before.forget()
 
 
 def _destroy_object(handle: int, object_: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from pkcs11_ha import ck
@@ -15,6 +16,7 @@ from pkcs11_ha.runtime.breaker import count_fault
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import NotItself, VirtualObject
+from pkcs11_ha.runtime.service import is_itself
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 from pkcs11_ha.spec.functions import FUNCTIONS, Effect
 
@@ -285,9 +287,27 @@ def no_member(call: Any) -> int:
         if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
             scattered = complete and _scattered(slot, call, serving)
             return ck.CKR_KEY_HANDLE_INVALID if scattered else ck.CKR_DEVICE_ERROR
-    if call.objects and slot.serving_mask and complete:
+    if call.objects and slot.serving_mask and (complete or _is_gone(slot, call)):
         return _no_such_object(call)
     return ck.CKR_DEVICE_ERROR
+
+
+def _is_gone(slot: VirtualSlot, call: Any) -> bool:
+    """Whether an object was only on a member that is away, and the others know that it is no more, or not yet."""
+    if slot.replication is None:
+        return False
+    for place in range(call.objects):
+        with suppress(Exception):  # who cannot say it leaves it open
+            known = slot.objects.get(int(call.object[place]))
+            if not known.identity.token or ~known.absent & slot.serving_mask:
+                continue
+            # What was on one of them is nowhere any more: they are all to have the same.
+            was_here = [m for i, m in enumerate(slot.members) if known.homes & slot.serving_mask & 1 << i]
+            if was_here and all(map(is_itself, was_here)):
+                return True
+            if slot.replication.whereabouts.is_gone(known.identity.name):
+                return True
+    return False
 
 
 def _looks_again(slot: VirtualSlot, call: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -149,8 +149,20 @@ class Changing:
                     self._partial(member, "C_SetAttributeValue", error.rv)
 
         with self.party.lock:
-            first = self._on_all(known, plan, act, revert)[0]
-            self.party.objects.renew(known, self.party.members.index(first), first.session)
+            self._renew(known, self._on_all(known, plan, act, revert), said)
+
+    def _renew(self, known: VirtualObject, did: Sequence[Member], said: Mapping[int, bytes]) -> None:
+        """The object map learns what it is now, from who is left: it was changed, whoever has died since."""
+        for member in did:
+            try:
+                with on(member):
+                    self.party.objects.renew(known, self.party.members.index(member), member.session)
+                return
+            except MemberFault as fault:
+                self.party.leave(fault)
+            except Refused:
+                break  # another process has destroyed it
+        self.party.objects.rename(known, renamed(known.identity.name, said))
 
     def destroy(self, known: VirtualObject) -> None:
         """C_DestroyObject on every member, those that are away included.  Raises CkError."""

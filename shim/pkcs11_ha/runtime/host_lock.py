@@ -18,12 +18,21 @@ _STEP_S = 0.01
 
 
 class HostLock:
-    """As threading.RLock.  `taken` is called each time it came from another process, or might have."""
+    """As threading.RLock.  `taken` is called each time it came from another thread or process, or might have, and
+    `given_back` before it goes there."""
 
-    def __init__(self, directory: str, name: str, patience_s: float, taken: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        directory: str,
+        name: str,
+        patience_s: float,
+        taken: Callable[[], None],
+        given_back: Callable[[], None],
+    ) -> None:
         self._path = os.path.join(directory, f"{sha256(name.encode()).hexdigest()[:16]}.lock")
         self._patience_s = patience_s
         self._taken = taken
+        self._given_back = given_back
         self._threads = threading.RLock()
         self._depth = 0
         self._file: int | None = None
@@ -61,9 +70,11 @@ class HostLock:
     def release(self) -> None:
         """Once for each `acquire`."""
         self._depth -= 1
-        if self._depth == 0 and self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._depth == 0:
+            self._given_back()
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
         self._threads.release()
 
     def __enter__(self) -> HostLock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,20 @@ class TokenFacts:
     firmware: tuple[int, int]
 
 
+_lives = threading.local()
+
+
+def keep_to(epochs: Mapping[str, int] | None) -> None:
+    """From here on, this thread's calls reach members in the epochs that are named (by member) and in no later one.
+
+    What it knows of them, handles above all, would mean something else there.  None: whichever is the present one.
+    """
+    if epochs is None:
+        _lives.__dict__.clear()
+    else:
+        _lives.epochs = epochs
+
+
 class Member:
     """One token.  `state` and `outage` are written by `Core` alone, under its lock."""
 
@@ -92,12 +106,14 @@ class Member:
         return int(native.lib.ha_member_epoch(self.native))
 
     def call(self, name: str, *arguments: Any) -> int:
-        """Calls one function of the library; CKR_DEVICE_REMOVED if the member is being replaced."""
+        """Calls one function of the library; CKR_DEVICE_REMOVED if the member is being replaced, or its life is not
+        that which this thread keeps to."""
         function = native.lib.ha_member_pointer(self.native, INDEX[name])
         if not function:
             return ck.CKR_FUNCTION_NOT_SUPPORTED
         guard = native.ffi.new("ha_call *")
-        if not native.lib.ha_member_enter(self.native, self.epoch, guard):
+        epoch = _lives.epochs.get(self.name, self.epoch) if hasattr(_lives, "epochs") else self.epoch
+        if not native.lib.ha_member_enter(self.native, epoch, guard):
             return ck.CKR_DEVICE_REMOVED
         if self.replacer not in (None, threading.get_ident()):
             native.lib.ha_member_leave(self.native, guard)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pkcs11_ha import ck
@@ -64,12 +64,16 @@ class Recipe(Protocol):
     """How a session object is made again on another member."""
 
     wrapped: Wrapped | None  # a key's blob, where there is one
+    steps: int  # calls that it takes
 
     def run(self, slot: Any, session: Any, index: int) -> Any:
         """Makes it; the call that did, with the handle in `made`, None if nothing did."""
 
+    def shared(self) -> Recipe | None:
+        """The same for another object, which outlives this one; None if it was forgotten meanwhile."""
+
     def forget(self) -> None:
-        """Wipes what it holds."""
+        """Wipes what it holds, if nobody shares it."""
 
 
 class ObjectMap:
@@ -462,7 +466,16 @@ class ObjectMap:
 
     def renew(self, known: VirtualObject, index: int, session: int) -> None:
         """Reads the identity again after its attributes were changed."""
-        identity = attributes.who(self.members[index], session, known.at[index].handle)
+        binding = known.at.get(index)
+        if binding is None:
+            raise CkError(ck.CKR_DEVICE_REMOVED, "its handle went with its member", self.members[index])
+        self._is_now(known, attributes.who(self.members[index], session, binding.handle))
+
+    def rename(self, known: VirtualObject, name: Name) -> None:
+        """Where nobody can be asked what it is now."""
+        self._is_now(known, replace(known.identity, name=name))
+
+    def _is_now(self, known: VirtualObject, identity: Identity) -> None:
         with self.lock:
             namesakes = self.by_name.get(known.identity.name, [])
             if known in namesakes:

@@ -16,7 +16,7 @@ from pkcs11_ha.runtime import attributes, domain
 from pkcs11_ha.runtime.domain import DomainKey
 from pkcs11_ha.runtime.host_lock import HostLock
 from pkcs11_ha.runtime.ledger import Ledger
-from pkcs11_ha.runtime.member import Member
+from pkcs11_ha.runtime.member import Member, keep_to
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import ObjectMap, VirtualObject
 from pkcs11_ha.runtime.service import MemberFault, Refused, judged, on
@@ -46,15 +46,18 @@ class Party:
         self.leave_out = leave_out
         self.ledger = Ledger(group.label, members, objects)
         # one write at a time, of this process and as far as can be of this host
-        self.lock = HostLock(state_dir, f"{group.label} {group.serial}", _PATIENCE_S, self._look_around)
+        name = f"{group.label} {group.serial}"
+        self.lock = HostLock(state_dir, name, _PATIENCE_S, self._taken, lambda: keep_to(None))
         self.generation: Generation | None = None
         self.attended: dict[str, int] = {}  # members that take part -> the epoch in which they were found fit
         self._lengths: dict[str, tuple[int, bool]] = {}  # member -> epoch, and what was found then
         self.names: frozenset[str] | None = None  # as the ledger has them; None: it has none
         self.keys: dict[str, dict[int, DomainKey]] = {}
 
-    def _look_around(self) -> None:
-        """Has each member take notice of what other processes wrote, before we write: SoftHSM forgets to, else."""
+    def _taken(self) -> None:
+        """What we know of handles is of the lives in which members were found fit.  And each takes notice of what
+        other processes wrote, before we write: SoftHSM forgets to, else."""
+        keep_to(self.attended)
         for member in self.there():
             with suppress(MemberFault, Refused), on(member):
                 attributes.find(member, member.session, {ck.CKA_CLASS: ulong(ck.CK_UNAVAILABLE_INFORMATION)})

@@ -59,7 +59,13 @@ class Seed:
     """What a call of the application made on one member as session objects, to be copied and destroyed."""
 
     member: Member
+    epoch: int
     handles: tuple[int, ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Else its handles are of a life before this, and mean something else by now."""
+        return self.member.epoch == self.epoch
 
 
 class SeedLost(Exception):
@@ -105,6 +111,8 @@ class Placing:
         Raises CkError; SeedLost if another seed is needed.
         """
         with self.party.lock:
+            if not seed.is_there:
+                raise SeedLost
             try:
                 try:
                     parts = self._parts_of(seed, wishes)
@@ -125,7 +133,7 @@ class Placing:
     def discard(self, seed: Seed) -> None:
         """The seed has served; what a dead member keeps of it dies with its sessions."""
         for handle in seed.handles:
-            if handle:
+            if handle and seed.is_there:
                 seed.member.call("C_DestroyObject", seed.member.session, handle)
 
     def _parts_of(self, seed: Seed, wishes: Sequence[Template]) -> list[Part] | None:
@@ -221,6 +229,8 @@ class Placing:
                 said = attributes.said(array, count, _GUARDS)
                 wrapped = None
                 if seed is not None:
+                    if not seed.is_there:
+                        raise SeedLost
                     try:
                         wrapped = self.copying.wrap(seed.member, seed.handles[0])
                     except MemberFault as fault:
@@ -292,18 +302,27 @@ class Placing:
 
         entry: Entry | None = None
         with self.party.lock:
+            while True:
+                try:
+                    where = self._where(source)
+                    if source.identity.token:
+                        # Another process may have renamed it: its entry is found by its name.
+                        with on(where[0]):
+                            index = self.party.members.index(where[0])
+                            self.party.objects.renew(source, index, where[0].session)
+                    known = self.changing.entry_of(source) if source.identity.token else None
+                    wrapped = known.wrapped if known else self._wrapped_source(source, where[0])
+                    if wrapped is None and len(where) < len(self.party.there()):
+                        break
+                    said_of_name = attributes.said(array, count, _NAMING)
+                    entry = self._copied_entry(source, said_of_name, wrapped, where[0])
+                    return self._place([Part(entry, said, put)], first=where[0])
+                except MemberFault as fault:  # nothing was written yet: once more without it
+                    self.party.leave(fault)
+                except Refused as error:
+                    raise CkError(error.rv, str(error), error.member) from None
             try:
-                where = self._where(source)
-                if (
-                    source.identity.token
-                ):  # another process may have renamed it: its entry is found by its name
-                    self.party.objects.renew(source, self.party.members.index(where[0]), where[0].session)
-                known = self.changing.entry_of(source) if source.identity.token else None
-                wrapped = known.wrapped if known else self._wrapped_source(source, where[0])
-                if wrapped is None and len(where) < len(self.party.there()):
-                    return self._pinned_copy(source, where[0], Changed(array, count, {}))
-                entry = self._copied_entry(source, attributes.said(array, count, _NAMING), wrapped, where[0])
-                return self._place([Part(entry, said, put)], first=where[0])
+                return self._pinned_copy(source, where[0], Changed(array, count, {}))
             except MemberFault as fault:
                 self.party.leave(fault)
                 raise CkError(ck.CKR_DEVICE_ERROR, str(fault)) from None

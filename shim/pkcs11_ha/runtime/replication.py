@@ -45,6 +45,7 @@ class Replication:
         with self.party.lock:
             held = {}
             for member in members:
+                self.party.dismiss(member)  # what was known of it may be of a life before this
                 keys = self.party.look(member)
                 if keys is not None:
                     held[member.name] = {number: key.generation for number, key in keys.items()}
@@ -98,6 +99,7 @@ class Replication:
         if self.is_by_hand:
             return
         with self.party.lock:
+            self.party.dismiss(member)
             try:
                 keys = self.party.keys[member.name] = domain.keys_of(member)
                 if self.party.generation is not None:

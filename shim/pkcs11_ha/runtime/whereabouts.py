@@ -104,6 +104,20 @@ class Whereabouts:
         ]
         return all(len(each) == 1 for each in uids) and len(set.union(*uids)) == 1
 
+    def is_gone(self, name: Name) -> bool:
+        """Whether by the ledger no object of that name is to be there: all were destroyed, or are not made yet.
+
+        One that is away may show it still.  False also where the ledger knows nothing of it.
+        """
+        newest: dict[str, Replica] = {}
+        for replica in self.party.ledger.called(name, self.party.there()):
+            uid = replica.entry.uid
+            if uid not in newest or _standing(newest[uid]) < _standing(replica):
+                newest[uid] = replica
+        return bool(newest) and not any(
+            r.entry.alive and r.stage is not Stage.ANNOUNCED for r in newest.values()
+        )
+
     def surplus(self, member: Member, target: Entry) -> bool:
         """Whether the member has more objects that are just like this one than its entries account for."""
         alike = self._alike(member, target.name, target.fingerprint)
@@ -164,3 +178,8 @@ class Whereabouts:
             for h, i in found.items()
             if fingerprint is None or shown[h] is None or shown[h] == fingerprint
         ]
+
+
+def _standing(replica: Replica) -> tuple[tuple[int, bool, str], bool]:
+    """Of two replicas of one entry, which says more."""
+    return replica.entry.weight, replica.stage is not Stage.ANNOUNCED
