@@ -17,15 +17,11 @@ from tests.soak.checker import Report, table
 from tests.soak.plan import ARENAS, Arena
 from tests.soak.run import Order, run, soak
 
-SECONDS = float(os.environ.get("P11HA_SOAK_SECONDS") or 50)
+SECONDS = float(os.environ.get("P11HA_SOAK_SECONDS") or 85)
 SEED = int(os.environ.get("P11HA_SOAK_SEED") or random.SystemRandom().getrandbits(32))
 DOMAIN, MIXED = ARENAS
 NO_END = 10**9
 NO_FAULTS = ("none",)
-# What a machine under load may owe to its own slowness, and rare ones that are known (docs/reliability.md): not one in
-# so many operations. What is wrong, lost, back again or tried twice is never let pass.
-AVAILABILITY = ("call failed", "handle lost", "too slow", "not taken in")
-ONE_IN = 5000
 
 
 @pytest.mark.timeout(300 + 3 * SECONDS)
@@ -34,10 +30,7 @@ def test_nothing_is_lost(module: Path, capsys: pytest.CaptureFixture[str], tmp_p
     report, seconds = run(order, lambda _: None, keep=tmp_path)
     with capsys.disabled():
         print(f"\nsoak: P11HA_SOAK_SEED={SEED}", *table(report, seconds), sep="\n")
-    rare = sum(report.counted.get(rule, 0) for rule in AVAILABILITY)
-    grave = set(report.counted) - set(AVAILABILITY)
-    assert not grave, f"{[str(violation) for violation in report.violations]}, see {tmp_path}"
-    assert rare * ONE_IN <= report.operations.total(), [str(violation) for violation in report.violations]
+    assert not report.counted, f"{[str(violation) for violation in report.violations]}, see {tmp_path}"
     assert len(report.faults) >= (8 if SECONDS >= 50 else 1)
     assert report.operations.total() > 20 * SECONDS
 
