@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -195,3 +196,20 @@ def test_key_is_generated_on_another_member(
     held = [contents.of(token) for token in tokens]
     assert {each.label for one in held for each in one.seen} == {b"object"}
     assert len(held[1].labelled("object")) == 2
+
+
+def test_member_is_not_at_fault_when_the_application_logs_out_under_the_group_s_own_work(
+    start: StartFactory,
+) -> None:
+    """The ledger is looked through again and again, and what is private is not to be seen any more."""
+    app = start()
+    session = app.login(PIN)
+    for name in SOME:
+        MAKES[name](session, name)
+    for delay in range(80):
+        time.sleep(0.05)
+        session.random(1)  # a look is due, and begins
+        time.sleep(delay % 8 / 1000)
+        session.logout()
+        session.login(PIN)
+    assert app.events("member.lost") == []

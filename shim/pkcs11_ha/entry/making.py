@@ -107,7 +107,8 @@ def _on_all(
         return pinned(slot, session, making)
     if not all(each.get(ck.CKA_TOKEN) == TRUE for each in wishes):
         raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "one half of a key pair in the session, one on the token")
-    replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
+    read_only = bool(native.lib.ha_session_read_only(session))
+    replication.require(slot.user, read_only)
     generated_by = int(making.mechanism.mechanism) if making.mechanism else None
     if any(is_stateful(generated_by, each) for each in wishes):
         return pinned(slot, session, making)
@@ -120,6 +121,7 @@ def _on_all(
         except SeedLost as lost:  # one on another member, if that one is not left out by now
             if lost.refused:
                 unable[lost.refused.member] = lost.refused
+            replication.require(slot.user, read_only)  # another thread may have logged out
             if unable and unable.keys() >= set(replication.party.there()):
                 first = next(iter(unable.values()))
                 raise CkError(first.rv, str(first), first.member) from None
@@ -135,6 +137,8 @@ def seed(
         for (array, count), each, is_key in zip(making.templates, wishes, keys, strict=True)
     ]
     carried = making.carried(slot, session).without(unable)
+    if slot.replication:
+        carried.without(m for m in slot.members if not slot.replication.party.takes_part(m))
     handles = making.make(carried, templates)
     return Seed(slot.members[carried.index], carried.epoch, tuple(handles))
 
@@ -402,6 +406,8 @@ def _as_wished(
         copying = _copied(slot, session, member, first, final) or (
             again.run(slot, session, carried.index) if again else None
         )
+        if copying is None and not (member.epoch == carried.epoch and member.probe()):
+            raise CkError(ck.CKR_DEVICE_ERROR, "C_CopyObject", member)  # it has died: on another
         if copying is None:
             raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "the key cannot be had as wished", member)
     finally:

@@ -53,10 +53,10 @@ def _created_everywhere(
 ) -> VirtualObject:
     """A key is made once more as a session object, to be wrapped for members that are away."""
     assert slot.replication
-    slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
     is_key = wanted.get(ck.CKA_CLASS) in (ulong(ck.CKO_SECRET_KEY), ulong(ck.CKO_PRIVATE_KEY))
     ((template, count),) = call.templates
-    while True:
+    while True:  # and another thread may have logged out meanwhile
+        slot.replication.require(slot.user, bool(native.lib.ha_session_read_only(session)))
         seed = making.seed(slot, session, call, [wanted]) if is_key else None
         try:
             return slot.replication.placing.create(template, count, seed)[0]

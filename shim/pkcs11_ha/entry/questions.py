@@ -16,7 +16,6 @@ from pkcs11_ha.runtime.breaker import count_fault
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import NotItself, VirtualObject
-from pkcs11_ha.runtime.service import is_itself
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 from pkcs11_ha.spec.functions import FUNCTIONS, Effect
 
@@ -299,13 +298,12 @@ def _is_gone(slot: VirtualSlot, call: Any) -> bool:
     for place in range(call.objects):
         with suppress(Exception):  # who cannot say it leaves it open
             known = slot.objects.get(int(call.object[place]))
-            if not known.identity.token or ~known.absent & slot.serving_mask:
+            serving = slot.serving_mask
+            there = [member for i, member in enumerate(slot.members) if serving >> i & 1]
+            if not known.identity.token or slot.replication.whereabouts.is_on_any(known.identity, there):
                 continue
-            # What was on one of them is nowhere any more: they are all to have the same.
-            was_here = [m for i, m in enumerate(slot.members) if known.homes & slot.serving_mask & 1 << i]
-            if was_here and all(map(is_itself, was_here)):
-                return True
-            if slot.replication.whereabouts.is_gone(known.identity.name):
+            # What was on one of them is to be on all of them.
+            if known.homes & serving or slot.replication.whereabouts.is_gone(known.identity.name):
                 return True
     return False
 

@@ -118,6 +118,10 @@ class Party:
         self.leave_out(member, ck.CKR_DEVICE_ERROR, "the domain key", why)
 
     def leave(self, fault: MemberFault) -> None:
+        """Leaves out a member that failed.  Of one that takes no part any more, as it was lost, or as nobody is logged
+        in and it shows nothing that is private, a failure says nothing."""
+        if not self.takes_part(fault.member):
+            return
         self.attended.pop(fault.member.name, None)
         self.leave_out(fault.member, fault.rv, fault.call, "")
 

@@ -147,7 +147,7 @@ class Settling:
     def _set_aside(self, member: Member, error: Refused | Busy | Unproven) -> None:
         """Leaves out a member that is behind, unless nobody else is left."""
         self.party.log(Event("replication.owed", self.party.group.label, member.name, {"why": str(error)}))
-        if len(self.party.there()) > 1:
+        if self.party.takes_part(member) and len(self.party.there()) > 1:
             self.party.dismiss(member)
             self.party.leave_out(member, ck.CKR_DEVICE_ERROR, "settling", f"it is behind: {error}")
 

@@ -104,6 +104,11 @@ class Whereabouts:
         ]
         return all(len(each) == 1 for each in uids) and len(set.union(*uids)) == 1
 
+    def is_on_any(self, identity: Identity, members: Sequence[Member]) -> bool:
+        """Whether one of them has an object that it may be; raises MemberFault, Refused."""
+        fingerprint = None if identity.borrowed else identity.fingerprint
+        return any(self._alike(member, identity.name, fingerprint) for member in members)
+
     def is_gone(self, name: Name) -> bool:
         """Whether by the ledger no object of that name is to be there: all were destroyed, or are not made yet.
 
