@@ -326,11 +326,12 @@ class Worker:
                 yield objects.read(session, handle)
 
     def _label(self, handle: int) -> bytes:
-        """Empty if another client has just destroyed it."""
+        """Empty if another client has just destroyed it; perhaps not yet on a member that is struck meanwhile."""
         try:
             return self.work.session.get(handle, p11.CKA_LABEL)[0]
         except p11.CkError as error:
-            if error.rv != p11.CKR_OBJECT_HANDLE_INVALID:
+            gone = error.rv == p11.CKR_OBJECT_HANDLE_INVALID
+            if not gone and handle in self.work.session.find({p11.CKA_TOKEN: True}):
                 raise
             return b""
 

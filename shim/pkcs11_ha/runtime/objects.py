@@ -121,6 +121,8 @@ class ObjectMap:
         return new
 
     def _bind(self, known: VirtualObject, member: int, epoch: int, handle: int, proven: bool) -> None:
+        if self.objects.get(known.handle) is not known:
+            return  # dropped meanwhile, by a logout: what it would hold could stand for no other object
         known.at[member] = Binding(epoch, handle, proven)
         known.absent &= ~(1 << member)
         self.showed[member] = epoch
@@ -314,7 +316,8 @@ class ObjectMap:
                 known = known or self._place(index, epoch, handle, identity)
                 if known:
                     self._prefer(known, index, identity)
-                if known and not known.at[index].proven:
+                binding = known.at.get(index) if known else None
+                if known and binding and not binding.proven:
                     claims.append(known)
             result.append(known.handle if known else 0)
         for known in claims[:_PROVEN_AT_ONCE]:
@@ -571,7 +574,9 @@ class ObjectMap:
 
     def _settle(self, known: VirtualObject, index: int) -> None:
         """Turns a claim into a proven binding, or takes it back."""
-        binding = known.at[index]
+        binding = known.at.get(index)
+        if binding is None:
+            return  # somebody else has taken it back
         same = self._prove(known, index, binding.handle)
         if same:
             with self.lock:
