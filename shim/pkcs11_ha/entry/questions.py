@@ -268,11 +268,9 @@ def no_member(call: Any) -> int:
         return AGAIN
     served = slot.serving_mask
     if call.answered:
-        for index, member in enumerate(slot.members):
-            if call.suspects >> index & 1 and member.state is MemberState.UP:
-                epoch = member.epoch
-                if not member.probe():
-                    current().lose(member, int(call.first_rv), _row_name(call), epoch)
+        # What was on a suspect alone, and it is lost, is made once more.
+        if _lose_suspects(slot, call) and _doubt(slot, call):
+            return AGAIN
         alive = [
             i for i, m in enumerate(slot.members) if call.answered >> i & 1 and m.state is MemberState.UP
         ]
@@ -313,6 +311,23 @@ def _looks_again(slot: VirtualSlot, call: Any) -> bool:
     if call.repairs & _LOOKED_AGAIN:
         return False
     call.repairs |= _LOOKED_AGAIN
+    return _doubt(slot, call)
+
+
+def _lose_suspects(slot: VirtualSlot, call: Any) -> bool:
+    """Whether one of them is not well."""
+    lost = False
+    for index, member in enumerate(slot.members):
+        if call.suspects >> index & 1 and member.state is MemberState.UP:
+            epoch = member.epoch
+            if not member.probe():
+                current().lose(member, int(call.first_rv), _row_name(call), epoch)
+                lost = True
+    return lost
+
+
+def _doubt(slot: VirtualSlot, call: Any) -> bool:
+    """Whether members that are left may have what the call needs, though they were thought not to."""
     left = slot.serving_mask & ~int(call.tried)
     doubted = [slot.objects.doubt(handle, left) for handle in _needed(call)]
     return any(doubted)

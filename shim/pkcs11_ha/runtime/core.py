@@ -283,7 +283,8 @@ class Core:
         with ExitStack() as stack:
             for slot in slots:
                 stack.enter_context(slot.login_lock)
-                login.take_in(slot, member)  # the application may have logged in or out meanwhile
+                if login.take_in(slot, member):  # the application has logged in or out meanwhile
+                    slot.objects.reconcile(slot.index(member))
             stack.enter_context(self.lock)
             if self.stopping:
                 raise ConnectError(ck.CKR_CRYPTOKI_NOT_INITIALIZED, "C_Finalize was quicker")

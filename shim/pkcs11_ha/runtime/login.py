@@ -79,12 +79,18 @@ def restore(slot: VirtualSlot, member: Member) -> None:
     member.logins.add(slot.id)
 
 
-def take_in(slot: VirtualSlot, member: Member) -> None:
-    """As `restore`; and where the group keeps its objects everywhere, what the member missed is made up for."""
+def take_in(slot: VirtualSlot, member: Member) -> bool:
+    """As `restore`; and where the group keeps its objects everywhere, what the member missed is made up for.
+
+    Whether anything was to do, so that what it shows may be another thing now.
+    """
+    before = slot.id in member.logins
     restore(slot, member)
     replication = slot.replication
     if replication and slot.user == ck.CKU_USER and not replication.party.takes_part(member):
         replication.admit_back(member)
+        return True
+    return before != (slot.id in member.logins)
 
 
 def _may_have_cost_a_try(member: Member, rv: int) -> bool:

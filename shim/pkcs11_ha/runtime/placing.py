@@ -422,13 +422,22 @@ class Placing:
             if member.name not in part.at:
                 part.at[member.name] = part.put(member, mark)
             handle = part.at[member.name]
-            made = look(member, handle, tuple(part.final) or (ck.CKA_CLASS,), "a call")
-            if contradictions(part.final, made):
+            if not self._is_guarded(member, handle, part.final):
                 raise Refused(member, ck.CKR_TEMPLATE_INCONSISTENT, "a copy that guards its key less")
             self._mark(member, part, Stage.PLACED)
             if mark:
                 self.settling.untag(member, handle, part.entry)
             part.placed.add(member.name)
+
+    @staticmethod
+    def _is_guarded(member: Member, handle: int, final: Template) -> bool:
+        """Whether it came out as it was said; SoftHSM may show half of an object that another process is just reading
+        in, so it is looked at again."""
+        for pause_s in (0.0, 0.01, 0.05):
+            time.sleep(pause_s)
+            if not contradictions(final, look(member, handle, tuple(final) or (ck.CKA_CLASS,), "a call")):
+                return True
+        return False
 
     def _mark(self, member: Member, part: Part, stage: Stage) -> None:
         replica = part.replicas.get(member.name)
