@@ -5,7 +5,7 @@ import pwd
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -484,7 +484,7 @@ OPTIONS = (
 )
 """Every option there is: what is not here is an unknown key."""
 
-_SECTIONS = tuple(dict.fromkeys(option.section for option in OPTIONS))
+SECTIONS = tuple(dict.fromkeys(option.section for option in OPTIONS))
 
 
 # ---- Where the configuration is
@@ -669,30 +669,38 @@ def load(path: str, profiles: Sequence[str] = PROFILES) -> Config:
 
     `profiles` are the names that `profile` may have.
     """
-    text = _read(path)
+    text = read(path)
     config = parse(text, path, profiles)
+    for error in unusable(config, text):
+        raise error
+    return config
+
+
+def unusable(config: Config, text: str) -> Iterator[ConfigError]:
+    """What the configuration names and this process cannot use: files, users.  `text` is what it was parsed from."""
+    source = _Source(config.path, text)
     for number, member in enumerate(config.members):
         module = None if member.host.startswith("unix:") else member.module  # that is the worker's to read
         for key, file in (("module", module), ("pin_source", member.pin_source)):
             problem = file and _problem_with(file)
             if problem:
-                raise _Source(path, text).error(("member", number, key), f"{file}: {problem}")
+                yield source.error(("member", number, key), f"{file}: {problem}")
         if member.user is not None and (problem := _problem_with_user(member.user)):
-            raise _Source(path, text).error(("member", number, "user"), problem)
-    return config
+            yield source.error(("member", number, "user"), problem)
 
 
 def log_of(path: str) -> str:
     """Where a configuration that cannot be used wants its log, as far as that can be told; else the default."""
     default = str(next(o.default for o in OPTIONS if (o.section, o.name) == ("ha", "log")))
     with suppress(ConfigError, ValueError, AttributeError):
-        wanted = _toml(_read(path), path).get("ha", {}).get("log")
+        wanted = _toml(read(path), path).get("ha", {}).get("log")
         if isinstance(wanted, str):
             return _log_spec(wanted)
     return default
 
 
-def _read(path: str) -> str:
+def read(path: str) -> str:
+    """The text of a configuration file; raises ConfigError."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:
             data = file.read()
@@ -734,13 +742,16 @@ def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def parse(text: str, path: str, profiles: Sequence[str] = PROFILES) -> Config:
-    """Understand the text of a configuration file; `path` is for messages only. Raises ConfigError."""
+def parse(text: str, path: str, profiles: Sequence[str] = PROFILES, complete: bool = True) -> Config:
+    """Understand the text of a configuration file; `path` is for messages only. Raises ConfigError.
+
+    One that is not `complete` is being written, and may yet have no group.
+    """
     tables = _toml(text, path)
     source = _Source(path, text)
     for section in tables:
-        if section not in _SECTIONS:
-            raise source.error((section,), f"unknown section; there are {', '.join(_SECTIONS)}")
+        if section not in SECTIONS:
+            raise source.error((section,), f"unknown section; there are {', '.join(SECTIONS)}")
     config = Config(
         path=path,
         ha=HaOptions(**_values("ha", tables.get("ha", {}), ("ha",), source)),
@@ -751,6 +762,8 @@ def parse(text: str, path: str, profiles: Sequence[str] = PROFILES) -> Config:
     _check_names(config, profiles, source)
     _check_hosts(config, source)
     _check_membership(config, source)
+    if complete and not config.groups:
+        raise source.error(("group",), "expected at least one [[group]]")
     return config
 
 
@@ -823,8 +836,6 @@ def _check_hosts(config: Config, source: _Source) -> None:
 
 def _check_membership(config: Config, source: _Source) -> None:
     """Groups are made of members that exist, each in one place."""
-    if not config.groups:
-        raise source.error(("group",), "expected at least one [[group]]")
     known = {member.name for member in config.members}
     group_of: dict[str, str] = {}
     for number, group in enumerate(config.groups):
