@@ -1,4 +1,7 @@
-"""`p11ha`: the commands.  Exit status 0 good, 1 something is wrong, 2 the command line is."""
+"""`p11ha`: operates groups of HSMs.
+
+Exit status: 0 good; 1 something is wrong, said in a line; 2 the command line is, and nothing was done; 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,20 @@ from rich.console import Console
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
 from pkcs11_ha.cli import domain as domains
-from pkcs11_ha.cli import module, objects, operator
+from pkcs11_ha.cli import group as groups
+from pkcs11_ha.cli import ha, member, module, objects, operator, run
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
 from pkcs11_ha.cli.operator import OperatorError
+from pkcs11_ha.cli.options import ConfigPath as _Config
+from pkcs11_ha.cli.options import Json as _Json
+from pkcs11_ha.cli.options import PinSource as _PinSource
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.core.domain import Generation
 from pkcs11_ha.runtime.member import Member, MemberState
 from pkcs11_ha.runtime.replication import Replication
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
-
-_Config = Annotated[
-    str,
-    typer.Option("--config", metavar="FILE", help="The configuration; else where the library looks for it."),
-]
-_PinSource = Annotated[
-    str,
-    typer.Option(
-        "--pin-source",
-        metavar="file:/PATH",
-        help="A file with the PIN; else it is asked for, or the first line of standard input.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _fail(text: str) -> typer.Exit:
@@ -87,6 +80,10 @@ def check(pin_source: _PinSource = "", path: _Config = "", as_json: _Json = Fals
             typer.echo(f"{finding.subject}: {finding.text}")
     raise typer.Exit(0 if all(finding.good for finding in found) else 1)
 
+
+app.add_typer(groups.app, name="group")
+app.add_typer(member.app, name="member")
+app.add_typer(ha.app, name="ha")
 
 domain_app = typer.Typer(no_args_is_help=True, help="The key under which a group's keys travel.")
 app.add_typer(domain_app, name="domain")
@@ -277,6 +274,6 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def main() -> None:
-    """The entry point of the console script."""
-    app()
+def main() -> int:
+    """The entry point of the console script; the exit status."""
+    return run.run(app)

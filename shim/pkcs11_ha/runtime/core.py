@@ -20,7 +20,7 @@ from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefus
 from pkcs11_ha.runtime.native import OutOfTime
 from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
-_SERIAL_SIZE = 16
+SERIAL_SIZE = 16
 _NO_ANSWER = "no answer in time"
 _IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
 
@@ -123,7 +123,7 @@ class Core:
             members = [self.members[name] for name in (*group.members, *group.standby)]
             serial = group.serial
             if serial is None and members[0].facts is not None:
-                serial = learnt[group.label] = ("1" + members[0].facts.serial)[:_SERIAL_SIZE]
+                serial = learnt[group.label] = ("1" + members[0].facts.serial)[:SERIAL_SIZE]
             elif serial is None:
                 serial = self._serial_without_member(group.label, members[0], known)
             face = Face("HA Virtual Card Slot", group.label, serial, group.manufacturer, group.model)
@@ -153,12 +153,12 @@ class Core:
     def _serial_without_member(self, label: str, first: Member, known: dict[str, str]) -> str:
         wanted = dict(first.config.token.wanted).get("serial")
         if wanted:
-            return f"1{wanted}"[:_SERIAL_SIZE]
+            return f"1{wanted}"[:SERIAL_SIZE]
         if label in known:
             return known[label]
         details = {"why": f"member {first.name} was never seen: set the group's serial to keep it constant"}
         self.log(Event("config.warned", label, first.name, details))
-        return ("1" + str(int(sha256(label.encode()).hexdigest(), 16)))[:_SERIAL_SIZE]
+        return ("1" + str(int(sha256(label.encode()).hexdigest(), 16)))[:SERIAL_SIZE]
 
     # ---- what is published ----
 

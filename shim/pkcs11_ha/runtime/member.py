@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,14 +198,9 @@ class Member:
     def _find_slot(self) -> int:
         """The slot whose token the configuration selects; slot ids move, so it is looked for each time."""
         matches = []
-        for slot in self._slots():
-            slot_info, token_info = native.ffi.new("CK_SLOT_INFO *"), native.ffi.new("CK_TOKEN_INFO *")
-            if self.call("C_GetSlotInfo", slot, slot_info) or self.call("C_GetTokenInfo", slot, token_info):
-                continue
-            library = native.ffi.new("CK_INFO *")
-            self.call("C_GetInfo", library)
-            if self.config.token.matches(slot, *_selectable(slot_info, token_info, library)):
-                matches.append((slot, int(slot_info.flags)))
+        for slot, slot_info, token_info, library in self.tokens():
+            if self.config.token.matches(slot, slot_info, token_info, library):
+                matches.append((slot, int(slot_info["flags"])))
         if not matches:
             raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, f"no token matches {self.config.token}")
         if len(matches) > 1:
@@ -215,6 +210,16 @@ class Member:
             )
         slot, self.slot_flags = matches[0]
         return slot
+
+    def tokens(self) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+        """Every token of its library: slot, CK_SLOT_INFO, CK_TOKEN_INFO, CK_INFO.  Raises ConnectError."""
+        for slot in self._slots():
+            slot_info, token_info = native.ffi.new("CK_SLOT_INFO *"), native.ffi.new("CK_TOKEN_INFO *")
+            if self.call("C_GetSlotInfo", slot, slot_info) or self.call("C_GetTokenInfo", slot, token_info):
+                continue
+            library = native.ffi.new("CK_INFO *")
+            self.call("C_GetInfo", library)
+            yield slot, _fields(slot_info), _fields(token_info), _fields(library)
 
     def _slots(self) -> Sequence[int]:
         count = native.ffi.new("CK_ULONG *")
@@ -348,11 +353,9 @@ class Member:
             return self.call("C_Logout", self.session)
 
 
-def _selectable(*structures: Any) -> tuple[dict[str, object], ...]:
-    """CK_SLOT_INFO, CK_TOKEN_INFO and CK_INFO as the plain values that a selector compares."""
-    return tuple(
-        {name: _plain(getattr(s, name)) for name, _ in native.ffi.typeof(s[0]).fields} for s in structures
-    )
+def _fields(structure: Any) -> dict[str, Any]:
+    """CK_SLOT_INFO, CK_TOKEN_INFO or CK_INFO as the plain values that a selector compares."""
+    return {name: _plain(getattr(structure, name)) for name, _ in native.ffi.typeof(structure[0]).fields}
 
 
 def _plain(value: Any) -> object:

@@ -1,0 +1,85 @@
+"""Options and arguments of several commands, and how a text on the command line becomes a configured value."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+
+from pkcs11_ha import config
+from pkcs11_ha.config import OPTIONS, Config, Option
+
+ConfigPath = Annotated[
+    str,
+    typer.Option("--config", metavar="FILE", help="The configuration; else where the library looks for it."),
+]
+PinSource = Annotated[
+    str,
+    typer.Option(
+        "--pin-source",
+        metavar="file:/PATH",
+        help="A file with the PIN; else it is asked for, or the first line of standard input.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be changed, and change nothing.")]
+
+
+def load(path: str) -> Config:
+    """The configuration, for commands that show it: one without a group, too.  Raises ConfigError."""
+    found = path or config.find_path(os.environ)
+    return config.parse(config.read(found), found, complete=False)
+
+
+def _completing(names: Callable[[Config], list[str]]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        with suppress(config.ConfigError):
+            return [name for name in names(load("")) if name.startswith(incomplete)]
+        return []
+
+    return complete
+
+
+complete_group = _completing(lambda settings: [group.label for group in settings.groups])
+complete_member = _completing(lambda settings: [member.name for member in settings.members])
+
+Group = Annotated[
+    str, typer.Argument(metavar="GROUP", help="The group's label.", autocompletion=complete_group)
+]
+MemberName = Annotated[
+    str,
+    typer.Argument(metavar="MEMBER", help="The member's name.", autocompletion=complete_member),
+]
+
+
+def option(section: str, name: str) -> Option:
+    """The row of the table of options."""
+    return next(option for option in OPTIONS if (option.section, option.name) == (section, name))
+
+
+def value(section: str, name: str, text: str, hint: str) -> Any:
+    """What is to be written for an option given as `text`; raises BadParameter, naming `hint`, if it cannot be that.
+
+    Where the option takes a string the text is one; else it is read as TOML: a number, true, { … }.
+    """
+    form = option(section, name).form
+    problem = ""
+    for candidate in _readings(text):
+        try:
+            form.read(candidate)
+        except ValueError as error:
+            problem = problem or str(error)
+        else:
+            return candidate
+    raise typer.BadParameter(f"{text!r}: {problem or f'expected {form.words}'}", param_hint=hint)
+
+
+def _readings(text: str) -> list[Any]:
+    readings: list[Any] = [text]
+    with suppress(tomllib.TOMLDecodeError, RecursionError):
+        readings.append(tomllib.loads(f"it = {text}")["it"])
+    return readings

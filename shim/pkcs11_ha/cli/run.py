@@ -1,0 +1,102 @@
+"""Runs the command line: whatever goes wrong is one line on stderr and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import suppress
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from pkcs11_ha.cli.edit import EditError
+from pkcs11_ha.cli.module import ModuleError
+from pkcs11_ha.cli.operator import OperatorError
+from pkcs11_ha.config import ConfigError
+
+GOOD, WRONG, MISUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses: done; it is wrong, or could not be done; the command line is wrong; Ctrl-C."""
+
+NAME = "p11ha"
+_SAID = (ConfigError, EditError, ModuleError, OperatorError)  # their text is the line
+# Newer typers bring click along under a name of their own: both have these classes in common.
+_UsageError: Any = typer.BadParameter.__base__
+_ClickException: Any = _UsageError.__base__
+
+
+def run(app: typer.Typer) -> int:
+    """One command of the process's own command line; what its exit status is to be."""
+    try:
+        status = _run(app)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on; what Python flushes at its end goes nowhere.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return WRONG
+
+
+def _run(app: typer.Typer) -> int:
+    try:
+        return int(get_command(app).main(prog_name=NAME, standalone_mode=False) or GOOD)
+    except typer.Exit as error:
+        return error.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else GOOD
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except typer.Abort as error:
+        ended = isinstance(error.__cause__ or error.__context__, EOFError)
+        return _say("input ended", WRONG) if ended else INTERRUPTED
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # with rich the help has been printed already
+            typer.echo(error.format_message() or "", nl=bool(error.format_message()))
+            return MISUSED
+        return _say(misuse(error), MISUSED)
+    except (*_SAID, _ClickException) as error:
+        return _say(str(error), WRONG)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the last resort: no traceback reaches a user)
+        if os.environ.get("P11HA_DEBUG"):
+            traceback.print_exc()
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _say(f"{NAME}: {why} (set P11HA_DEBUG=1 for the traceback)", WRONG)
+
+
+def _say(line: str, status: int) -> int:
+    with suppress(OSError):
+        typer.echo(one_line(line), err=True)
+    return status
+
+
+def one_line(text: str) -> str:
+    """The text as one line that a terminal takes literally."""
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
+
+
+def misuse(error: Any) -> str:
+    """What is wrong with the command line, and what to type instead."""
+    context = error.ctx
+    text = str(error.format_message()).rstrip(".")
+    if context is None:
+        return f"{NAME}: {text}: see {NAME} --help"
+    command = context.command
+    commands = getattr(command, "commands", None)
+    if commands is None:
+        arguments = [_argument(each) for each in command.params if each.param_type_name == "argument"]
+        usage = " ".join([context.command_path, "[OPTIONS]", *arguments])
+        return f"{context.command_path}: {text}: type {usage}"
+    if "Did you mean" not in text:
+        known = [name for name, each in commands.items() if not each.hidden]
+        text += f": there are {', '.join(known)}"
+    return f"{context.command_path}: {text}"
+
+
+def _argument(parameter: Any) -> str:
+    name = str(parameter.metavar or parameter.name.upper())
+    return name if parameter.required else f"[{name}]"

@@ -1,0 +1,197 @@
+"""Every command's wrong use is one line that says what to type instead, exit status 2, and nothing is changed.
+
+Commands are found in the command line itself, so that one that is new is tested too.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import typer
+from typer.main import get_command
+
+from pkcs11_ha.cli import main, run
+from tests.cli.p11ha import P11HA, Done, run_here
+from tests.cli.test_ha import TEXT
+
+
+def commands(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, command
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, *path, name)
+
+
+ALL = dict(commands(get_command(main.app)))
+GROUPS = [path for path, command in ALL.items() if hasattr(command, "commands")]
+# One that hands its line on to be understood elsewhere has tests of its own.
+LEAVES = [
+    path
+    for path, command in ALL.items()
+    if path not in GROUPS and not command.context_settings.get("allow_extra_args")
+]
+
+
+def arguments_of(path: tuple[str, ...]) -> list[Any]:
+    return [each for each in ALL[path].params if each.param_type_name == "argument"]
+
+
+@pytest.fixture(autouse=True)
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A configuration that no wrong command line touches."""
+    path = tmp_path / "pkcs11-ha.toml"
+    path.write_text(TEXT)
+    monkeypatch.setenv("PKCS11_HA_CONF", str(path))
+    monkeypatch.setenv("PKCS11_HA_STATE", str(tmp_path / "state"))
+    yield path
+    assert path.read_text() == TEXT
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def misused(*line: str) -> str:
+    done = run_here(*line)
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout
+    (said,) = done.stderr.splitlines()
+    assert "Traceback" not in said
+    return said
+
+
+def test_there_are_commands() -> None:
+    assert {("status",), ("check",), ("group", "create"), ("member", "test"), ("ha", "retry")} <= set(LEAVES)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_a_wrong_option(path: tuple[str, ...]) -> None:
+    line = misused(*path, *("x" for _ in arguments_of(path)), "--no-such-option")
+    assert line.startswith(f"p11ha {' '.join(path)}: ")
+    assert "--no-such-option" in line
+    assert f"type p11ha {' '.join(path)} [OPTIONS]" in line
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_an_argument_too_many(path: tuple[str, ...]) -> None:
+    if any(each.nargs == -1 for each in arguments_of(path)):
+        pytest.skip("takes any number")
+    line = misused(*path, *("x" for _ in arguments_of(path)), "one-more")
+    assert "one-more" in line
+    assert f"type p11ha {' '.join(path)} [OPTIONS]" in line
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_an_argument_too_few(path: tuple[str, ...]) -> None:
+    needed = [each for each in arguments_of(path) if each.required]
+    if not needed:
+        pytest.skip("needs none")
+    line = misused(*path, *("x" for _ in needed[1:]))
+    assert "Missing argument" in line
+    assert all(str(each.metavar or each.name.upper()) in line for each in needed)
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_an_option_without_its_value(path: tuple[str, ...]) -> None:
+    options = [each for each in ALL[path].params if each.param_type_name == "option"]
+    for each in (option for option in options if not option.is_flag):
+        assert each.opts[0] in misused(*path, *("x" for _ in arguments_of(path)), each.opts[0])
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=" ".join)
+def test_a_command_that_does_not_exist(path: tuple[str, ...]) -> None:
+    names = list(ALL[path].commands)
+    assert names[0] in misused(*path, "zzz")  # all that there are
+    typo = names[-1][:-1] + "x" + names[-1][-1]
+    assert f"Did you mean '{names[-1]}'" in misused(*path, typo)
+    assert "--no-such-option" in misused(*path, "--no-such-option")
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=" ".join)
+def test_no_command_at_all_is_helped(path: tuple[str, ...]) -> None:
+    done = run_here(*path)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert all(name in done.stdout for name in ALL[path].commands)
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_help_is_there_and_fits(path: tuple[str, ...]) -> None:
+    done = run_here(*path, "--help", COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert ALL[path].help
+
+
+def test_a_typo_in_an_option_is_recognised() -> None:
+    assert "--config" in misused("status", "--cofig", "x")
+
+
+# ---- what else may happen
+
+
+def ending(body: Callable[[], None]) -> Done:
+    """How a command ends whose body does this."""
+    app = typer.Typer()
+    app.command()(body)
+    out, err = io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", ["p11ha"]), redirect_stdout(out), redirect_stderr(err):
+        status = run.run(app)
+    return subprocess.CompletedProcess([], status, out.getvalue(), err.getvalue())
+
+
+def test_what_nobody_foresaw_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyError("two\nlines \x1b[31m")
+
+    ended = ending(fail)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("p11ha: KeyError: ")
+    assert ended.stderr.endswith("(set P11HA_DEBUG=1 for the traceback)\n")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "\x1b" not in ended.stderr
+
+    monkeypatch.setenv("P11HA_DEBUG", "1")
+    assert "Traceback" in ending(fail).stderr
+
+
+def test_ctrl_c_and_the_end_of_input() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def ask() -> None:
+        typer.prompt("really")
+
+    assert (ending(interrupt).returncode, ending(interrupt).stderr) == (130, "")
+    with patch.object(sys, "stdin", io.StringIO()):
+        ended = ending(ask)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, "input ended")
+
+
+def test_an_exit_status_is_kept() -> None:
+    def leave() -> None:
+        raise typer.Exit(7)
+
+    assert ending(leave).returncode == 7
+
+
+@pytest.mark.parametrize("line", [["ha", "show"], ["--help"], ["ha", "show", "--json"]])
+def test_nobody_reads_on(line: list[str]) -> None:
+    with subprocess.Popen([P11HA, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout
+        assert done.stderr
+        done.stdout.close()
+        assert done.stderr.read() == b""
+    assert done.returncode == 1
+
+
+def test_a_full_disk_is_a_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [P11HA, "ha", "show"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "No space left on device" in done.stderr
