@@ -8,10 +8,13 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pkcs11_ha.log import parse_target
 from pkcs11_ha.uri import TokenSelector, parse_pin_source, parse_token_uri
+
+if TYPE_CHECKING:
+    from pkcs11_ha.luna import Translation
 
 SYSTEM_PATH = "/etc/pkcs11-ha/pkcs11-ha.toml"
 SYSTEM_STATE = "/run/pkcs11-ha"
@@ -19,7 +22,8 @@ PROFILES = ("auto", "softhsm", "p11-kit", "generic")
 MEMBERS_MAX = 32
 REPLAY_LIMIT = 1 << 20
 
-ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
+LUNA_PATH = "ChrystokiConfigurationPath"
+ENVIRONMENT = ("PKCS11_HA_CONF", "PKCS11_HA_STATE", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", LUNA_PATH)
 """The variables that say where things are."""
 
 WORKER_ENVIRONMENT = (
@@ -504,8 +508,9 @@ def _trusted(environ: Mapping[str, str], secure: bool | None) -> Mapping[str, st
 def find_path(environ: Mapping[str, str], secure: bool | None = None) -> str:
     """The path of the configuration file, which need not exist.
 
-    $PKCS11_HA_CONF, else the file below $XDG_CONFIG_HOME if there is one, else the system's. The environment
-    has no say in a `secure` process; None finds out whether this is one.
+    $PKCS11_HA_CONF, else the file below $XDG_CONFIG_HOME if there is one, else the system's; if that is not there
+    either, Luna's, where $ChrystokiConfigurationPath says. The environment has no say in a `secure` process;
+    None finds out whether this is one.
     """
     environ = _trusted(environ, secure)
     if environ.get("PKCS11_HA_CONF"):
@@ -513,7 +518,23 @@ def find_path(environ: Mapping[str, str], secure: bool | None = None) -> str:
     home = environ.get("XDG_CONFIG_HOME", "")
     path = f"{home}/pkcs11-ha/pkcs11-ha.toml"
     # the XDG Base Directory Specification has relative paths ignored
-    return path if home.startswith("/") and os.access(path, os.F_OK) else SYSTEM_PATH
+    if home.startswith("/") and os.access(path, os.F_OK):
+        return path
+    luna = environ.get(LUNA_PATH, "")
+    return luna_file(luna) if luna and not os.access(SYSTEM_PATH, os.F_OK) else SYSTEM_PATH
+
+
+def is_luna(path: str) -> bool:
+    """Whether the file is in Luna's syntax and not in TOML: its name says so."""
+    return path.lower().endswith((".conf", ".ini"))
+
+
+def luna_file(path: str) -> str:
+    """Luna's file, of which `path` names the directory, or itself."""
+    if is_luna(path):
+        return path
+    files = [f"{path.rstrip('/')}/{name}" for name in ("Chrystoki.conf", "crystoki.ini")]
+    return next((file for file in files if os.access(file, os.F_OK)), files[0])
 
 
 def state_dir(environ: Mapping[str, str], secure: bool | None = None) -> str:
@@ -538,9 +559,11 @@ class _Source:
 
     def error(self, place: Place, problem: str) -> ConfigError:
         """The error for what stands, or is missing, at `place`, with the line of the nearest thing known."""
-        lines = locate(self.text)
+        luna = _luna(self.text, self.path) if is_luna(self.path) else None
+        lines = locate(self.text) if luna is None else luna.lines()
         nearest = next((place[:n] for n in range(len(place), 0, -1) if place[:n] in lines), ())
         key = ".".join(part for part in place if isinstance(part, str))
+        key = key if luna is None else luna.names().get(nearest, key)
         return ConfigError(self.path, lines.get(nearest, 1), key, problem)
 
 
@@ -767,7 +790,24 @@ def parse(text: str, path: str, profiles: Sequence[str] = PROFILES, complete: bo
     return config
 
 
+def _luna(text: str, path: str) -> "Translation":
+    from pkcs11_ha.luna import LunaError, translate  # few applications have such a file
+
+    try:
+        return translate(text, knows=knows)
+    except LunaError as error:
+        raise ConfigError(path, error.line, error.key, error.problem) from None
+
+
+def knows(section: str, name: str) -> bool:
+    """Whether there is such an option."""
+    return any((option.section, option.name) == (section, name) for option in OPTIONS)
+
+
 def _toml(text: str, path: str) -> dict[str, Any]:
+    """The tables of the file, which may be Luna's."""
+    if is_luna(path):
+        return _luna(text, path).tables()
     try:
         return tomllib.loads(text)
     except RecursionError:

@@ -126,9 +126,10 @@ def configuration() -> str:
         "The configuration",
         "config.py",
         "TOML, in `$PKCS11_HA_CONF`, else `$XDG_CONFIG_HOME/pkcs11-ha/pkcs11-ha.toml`, else"
-        " `/etc/pkcs11-ha/pkcs11-ha.toml`; a process with more rights than its caller reads the last alone. What is"
-        " unknown or wrong is refused: C_Initialize fails with CKR_GENERAL_ERROR and one line that names file, line"
-        " and key, and `p11ha check` says the same.",
+        " `/etc/pkcs11-ha/pkcs11-ha.toml`, else Luna's own file in `$ChrystokiConfigurationPath`"
+        " ([luna.md](luna.md)); a process with more rights than its caller reads the one below /etc alone. A file whose"
+        " name ends in .conf or .ini is read as Luna's. What is unknown or wrong is refused: C_Initialize fails with"
+        " CKR_GENERAL_ERROR and one line that names file, line and key, and `p11ha check` says the same.",
         ("section", "key", "value", "default", "meaning"),
         rows,
     )
