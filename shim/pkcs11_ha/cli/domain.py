@@ -50,6 +50,17 @@ def agreed(found: Sequence[Holder]) -> tuple[Generation, dict[str, str]]:
     return agreement.generation, dict(agreement.refused)
 
 
+def take_part(replication: Replication, members: Sequence[Member]) -> None:
+    """These members with the domain key they have, if they have one; raises OperatorError."""
+    try:
+        generation, refused = agreed(holders(members))
+    except OperatorError:
+        generation, refused = None, {}
+    if refused:
+        raise OperatorError("; ".join(f"{name}: {why}" for name, why in refused.items()))
+    replication.party.take_part(members, generation)
+
+
 def init(
     replication: Replication, members: Sequence[Member], shares: Shares | None, plain_import: bool
 ) -> Generation:

@@ -22,14 +22,14 @@ from pkcs11_ha.cli import group as groups
 from pkcs11_ha.cli import ha, member, module, objects, operator, run
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
+from pkcs11_ha.cli.luna import commands as luna
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.options import ConfigPath as _Config
 from pkcs11_ha.cli.options import Json as _Json
 from pkcs11_ha.cli.options import PinSource as _PinSource
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.core.domain import Generation
-from pkcs11_ha.runtime.member import Member, MemberState
-from pkcs11_ha.runtime.replication import Replication
+from pkcs11_ha.runtime.member import MemberState
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -226,7 +226,7 @@ def sync(
         slot = operator.slot_of(library, group)
         members = [member for member in slot.members if member.state is MemberState.UP]
         with operator.at_work(slot, members, pin_source) as replication, ExitStack() as stack:
-            take_part(replication, members)
+            domains.take_part(replication, members)
             if dry_run:
                 for debt in objects.debts(replication):
                     lines = [*debt.open, *(f"make {each}" for each in debt.missing)]
@@ -248,7 +248,7 @@ def diff(group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json
         slot = operator.slot_of(library, group)
         members = [member for member in slot.members if member.state is MemberState.UP]
         with operator.at_work(slot, members, pin_source) as replication:
-            take_part(replication, members)
+            domains.take_part(replication, members)
             rows = objects.diff(replication)
     if as_json:
         typer.echo(json.dumps([{**asdict(row), "good": row.good} for row in rows], indent=2))
@@ -257,15 +257,7 @@ def diff(group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json
     raise typer.Exit(0 if all(row.good for row in rows) else 1)
 
 
-def take_part(replication: Replication, members: list[Member]) -> None:
-    """These members with the domain key they have, if they have one; raises OperatorError."""
-    try:
-        generation, refused = domains.agreed(domains.holders(members))
-    except OperatorError:
-        generation, refused = None, {}
-    if refused:
-        raise OperatorError("; ".join(f"{name}: {why}" for name, why in refused.items()))
-    replication.party.take_part(members, generation)
+luna.register(app)
 
 
 @app.command()
