@@ -150,7 +150,9 @@ def test_a_wrong_line_of_windows_is_named_and_its_value_is_not_shown() -> None:
     assert refusal(wrong, "/x/crystoki.ini").startswith(
         "/x/crystoki.ini:22: expected `[Section]` or `Key=value`"
     )
-    assert "hunter2" not in refusal(SMALL.replace("reconnAtt = 5;", "AuthTokenClientSecret = hunter2"))
+    for secret in ("AuthTokenClientSecret = hunter2", "AuthTokenClientSecret hunter2"):
+        assert "hunter2" not in refusal(SMALL.replace("reconnAtt = 5;", secret))
+        assert "hunter2" not in refusal(f"{SMALL}{secret};\n")
 
 
 def test_a_missing_library_is_named_with_its_line(tmp_path: Path) -> None:
