@@ -93,7 +93,7 @@ def settings_lines(settings: Settings) -> list[str]:
     ]
     if settings.log != "off":
         fields += [("HA log file", settings.log.removeprefix("file:"))]
-    if settings.log_bytes is not None:
+    if settings.log_bytes:
         fields += [("Maximum HA log file length", f"{settings.log_bytes} bytes")]
     return _fields(27, [*fields, ("Only Show HA Slots", _yes(settings.only))])
 
