@@ -122,6 +122,7 @@ def write_pages(docs: Path) -> None:
     write(docs / "configuration.md", pages.configuration())
     write(docs / "log.md", pages.log())
     write(docs / "return-codes.md", pages.return_codes())
+    write(docs / "demo-menu.md", pages.demo_menu())
 
 
 def build_header(stamp: str, paths: Sequence[str], worker: Path) -> str:

@@ -23,6 +23,7 @@ from pkcs11_ha.cli import ha, member, module, objects, operator, run
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
 from pkcs11_ha.cli.luna import commands as luna
+from pkcs11_ha.cli.menu.command import demo_menu
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.options import ConfigPath as _Config
 from pkcs11_ha.cli.options import Json as _Json
@@ -258,6 +259,9 @@ def diff(group: _Group, pin_source: _PinSource = "", path: _Config = "", as_json
 
 
 luna.register(app)
+
+
+app.command()(demo_menu)
 
 
 @app.command()

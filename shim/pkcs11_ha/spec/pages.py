@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pkcs11_ha import ck
+from pkcs11_ha.cli.menu import table as menu
 from pkcs11_ha.config import OPTIONS
 from pkcs11_ha.core.codes import Code, classify
 from pkcs11_ha.log import EVENTS
@@ -177,3 +178,87 @@ def return_codes() -> str:
         ("code", "class", "what follows"),
         rows,
     )
+
+
+_DEMO_MENU = f"""\
+`p11ha demo-menu` is for trying a token by hand: the group's, or that of any PKCS#11 module (`--module PATH`). The
+numbers are those of CKDemo's menu.
+
+```text
+{menu.picture()}
+```
+
+After each number stands its status: `Status: Doing great, no errors (CKR_OK)`, or which function answered what and
+what that means. `52` shows a group's members: the first reading after a loss says CKR_DEVICE_ERROR for the lost
+member, each later one CKR_TOKEN_NOT_PRESENT, until it is back. Ctrl-C goes back to the menu (a call that is under way
+in the module is waited for), Ctrl-D or `{menu.QUIT}` quits. `--slot N` is the slot that Enter selects.
+
+## What is asked
+
+In this order; more where a mechanism has a parameter (an IV, a hash, the public key of the other), and the session
+first where several are open. A person is asked twice for what is typed unseen and new, and before something is
+destroyed; a script is not.
+
+- **object, key**: a handle; a label; `label=…`, `id=HEX`; `private:…`, `public:…`, `secret:…`, `cert:…`, `data:…`
+  where several have one name; `last`, what was made or found last. Of several with one name, the one is taken that may
+  do what is asked of it.
+- **mechanism**: its name with or without `CKM_`, in any case; its place in the list that is shown; `0xNUMBER`.
+- **data**: text as it stands, `0xHEX`, `@FILE`, or `last`, the last result.
+- **PIN**: unseen at a terminal; `file:/PATH` takes the first line of a file.
+
+"""
+
+_DEMO_MENU_SCRIPTS = f"""
+## Scripts
+
+`p11ha demo-menu --script FILE`, or standard input that is no terminal: numbers, and below each its answers, one a line.
+
+```text
+# Comments begin with #; a line in brackets begins a part, for number 110.
+[login]
+1
+    0
+    yes
+3
+    user
+    file:/etc/hsm/pin
+[sign]
+42
+    private:signing
+    ECDSA
+    @digest.bin
+    signature.bin
+```
+
+Answers may be indented. Where they are, an indented line is never a number, and a line that is not indented ends the
+answers: those left out are empty, which is the default where there is one. An answer that begins with `#` is written
+`\\#…`. A script stops at the first error, with exit status 1; `--keep-going`, or option `keep-going` of number 98, goes
+on with the next number, and the exit status is 1 all the same. The end of input ends the menu.
+
+`108` runs a script from the menu; `109` runs one in a process of its own, with a session and a login of its own, as
+another application would be, and the menu waits for it at its end; `110` runs one part.
+
+## Numbers of one vendor's firmware
+
+They are listed in their places, marked {menu.VENDOR_MARK}, and answer CKR_FUNCTION_NOT_SUPPORTED: cloning and M of N,
+the CA and CCM functions, off-board key storage, user-defined curves, and indirect login (16 to 18, 50, 51), where one
+HSM logs in to another.
+"""
+
+
+def demo_menu() -> str:
+    """docs/demo-menu.md"""
+    rows = (
+        (str(entry.number), entry.title, entry.calls, entry.asks)
+        for section in menu.SECTIONS
+        for entry in section.entries
+        if entry.does
+    )
+    page = _page(
+        "A menu for trying a token",
+        "cli/menu/table.py",
+        _DEMO_MENU.strip(),
+        ("number", "title", "calls", "asks"),
+        rows,
+    )
+    return page + _DEMO_MENU_SCRIPTS

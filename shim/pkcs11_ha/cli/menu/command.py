@@ -1,0 +1,104 @@
+"""`p11ha demo-menu`: the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pkcs11_ha.cli import module
+from pkcs11_ha.cli.meanings import meaning
+from pkcs11_ha.cli.menu.client import CallError, Client
+from pkcs11_ha.cli.menu.desk import Options
+from pkcs11_ha.cli.menu.dialogue import Dialogue, NotDone, Script, Source, Terminal, numbered, script_of
+from pkcs11_ha.cli.menu.loop import Menu
+
+
+def demo_menu(
+    path: Annotated[
+        Path | None, typer.Option("--module", metavar="PATH", help="A PKCS#11 module; else the group's own.")
+    ] = None,
+    slot: Annotated[
+        int | None, typer.Option("--slot", metavar="N", min=0, help="The slot that Enter selects.")
+    ] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            "--script", metavar="FILE", help="Numbers and answers, one a line; - is standard input."
+        ),
+    ] = None,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="A script goes on after an error; exit status 1 all the same."),
+    ] = False,
+    init_args: Annotated[
+        str,
+        typer.Option("--init-args", metavar="TEXT", help="For C_Initialize's pReserved, as NSS wants it."),
+    ] = "",
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config", metavar="FILE", help="The configuration; else where the library looks for it."
+        ),
+    ] = "",
+) -> None:
+    """Try a token by hand, by the numbers of CKDemo's menu."""
+    if config:
+        os.environ["PKCS11_HA_CONF"] = config
+    for stream in (sys.stdin, sys.stdout):
+        # Whatever is typed, or called so on a token, can be shown.
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    failed = 0
+    try:
+        source = _source(script)
+        with _initialised(path or module.path(), init_args) as client:
+            options = Options(slot=slot, keep_going=keep_going)
+            menu = Menu(client, Dialogue(source), options, _again(client.path, slot, init_args))
+            failed = menu.run(source)
+            failed += menu.wait_for_background()
+    except (module.ModuleError, NotDone) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if failed and not source.interactive:
+        typer.echo(f"{failed} failed", err=True)
+        raise typer.Exit(1)
+
+
+def _source(script: Path | None) -> Source:
+    """Where numbers come from; raises NotDone."""
+    if script is not None and str(script) != "-":
+        return script_of(script, numbered(script), sys.stdout)
+    if script is None and sys.stdin.isatty():
+        return Terminal(sys.stdin, sys.stdout)
+    # Line by line: what writes them may wait for the answer to the one before.
+    return Script("standard input", enumerate(iter(sys.stdin.readline, ""), 1), sys.stdout)
+
+
+def _again(path: Path, slot: int | None, init_args: str) -> tuple[str, ...]:
+    """The same module for a menu in another process."""
+    words = ["--module", str(path.absolute()), "--init-args", init_args]
+    return (*words, *(() if slot is None else ("--slot", str(slot))))
+
+
+@contextmanager
+def _initialised(path: Path, init_args: str) -> Iterator[Client]:
+    """C_Initialize to C_Finalize; raises ModuleError."""
+    client = Client(path)
+    before = signal.signal(signal.SIGINT, lambda *_: client.interrupt())
+    try:
+        try:
+            client.initialize(init_args)
+        except CallError as error:
+            raise module.ModuleError(f"{path}: {error}: {meaning(error.rv)}") from None
+        try:
+            yield client
+        finally:
+            client.finalize()
+    finally:
+        signal.signal(signal.SIGINT, before)
