@@ -6,7 +6,7 @@ import re
 import sys
 import termios
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
@@ -62,13 +62,10 @@ class Terminal:
 
     def answer(self, prompt: str, *, secret: bool = False) -> str | None:
         """What is typed, unseen if it is secret."""
-        self._out.write(prompt)
-        self._out.flush()
-        if not secret:
+        with self._unseen() if secret else nullcontext():
+            self._out.write(prompt)
+            self._out.flush()
             line = self._lines.readline()
-        else:
-            with self._unseen():
-                line = self._lines.readline()
         if not line:
             self._out.write("\n")
             return None
@@ -83,7 +80,7 @@ class Terminal:
             termios.tcsetattr(self._lines, termios.TCSAFLUSH, silent)
             yield
         finally:
-            termios.tcsetattr(self._lines, termios.TCSAFLUSH, before)
+            termios.tcsetattr(self._lines, termios.TCSADRAIN, before)
             self._out.write("\n")
             self._out.flush()
 
@@ -129,11 +126,12 @@ class Script:
             indented = line[:1].isspace()
             if not line.strip() or (indented and self.skips):
                 continue
-            self._show(prompt, line.strip())
+            text = line.partition("#")[0].strip()
+            self._show(prompt, text)
             if indented:
-                raise NotDone(f"{line.strip()!r} is indented: an answer, and nothing asks for one here")
+                raise NotDone(f"{text!r} is indented: an answer, and nothing asks for one here")
             self.skips = False
-            return line.partition("#")[0].strip()
+            return text
         return None
 
     def answer(self, prompt: str, *, secret: bool = False) -> str | None:

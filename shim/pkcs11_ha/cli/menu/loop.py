@@ -71,7 +71,7 @@ class Menu:
         try:
             entry = ENTRIES.get(int(text)) if text.isascii() and text.isdigit() and len(text) < 4 else None
             if entry is None:
-                raise NotDone(f"{text!r} is not in the menu: type one of its numbers, {QUIT} to quit")
+                raise NotDone(f"{text[:20]!r} is not in the menu: type one of its numbers, {QUIT} to quit")
             if entry.does is None:
                 unsupported = ck.rv_name(ck.CKR_FUNCTION_NOT_SUPPORTED)
                 return True, f"{entry.title} answers {unsupported} : one vendor's firmware, not PKCS#11"
