@@ -60,8 +60,10 @@ def demo_menu(
         with _initialised(path or module.path(), init_args) as client:
             options = Options(slot=slot, keep_going=keep_going)
             menu = Menu(client, Dialogue(source), options, _again(client.path, slot, init_args))
-            failed = menu.run(source)
-            failed += menu.wait_for_background()
+            try:
+                failed = menu.run(source)
+            finally:
+                failed += menu.wait_for_background()
     except (module.ModuleError, NotDone) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None

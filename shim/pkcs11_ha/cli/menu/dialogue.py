@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import termios
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -217,7 +218,7 @@ class Dialogue:
     def _refuse(self, error: Exception) -> None:
         if not self.source.interactive:
             raise NotDone(str(error)) from None
-        self.say(f"  {error}")
+        self.say(textwrap.fill(str(error), WIDTH, initial_indent="  ", subsequent_indent="  "))
 
     def text(self, prompt: str, default: str | None = None) -> str:
         """Any text."""
