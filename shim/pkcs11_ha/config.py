@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pkcs11_ha.log import parse_target
+from pkcs11_ha.log import FORMATS, parse_target
 from pkcs11_ha.uri import TokenSelector, parse_pin_source, parse_token_uri
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class HaOptions:
 
     only: bool
     log: str
+    log_format: str
+    log_max_bytes: int
     manufacturer: str
 
 
@@ -282,6 +284,11 @@ _BYTES = _form(
     "a whole number of bytes, 0 or more, 1 GiB at most",
     lambda given: _is_number(given) and isinstance(given, int) and 0 <= given <= 1 << 30,
 )
+# Less than the longest line would be a file for each.
+_LOG_BYTES = _form(
+    "a whole number of bytes: 0, or from 4096 to 1 TiB",
+    lambda given: _is_number(given) and isinstance(given, int) and (given == 0 or 4096 <= given <= 1 << 40),
+)
 _CALLS = _form(
     "a whole number from 1 to 1000000",
     lambda given: _is_number(given) and isinstance(given, int) and 1 <= given <= 1_000_000,
@@ -335,6 +342,15 @@ class Option:
 OPTIONS = (
     Option("ha", "only", _BOOLEAN, True, "Show the groups alone; false: the members' own slots come first."),
     Option("ha", "log", _LOG, "syslog", "Where the HA log goes."),
+    Option("ha", "log_format", _choice(FORMATS), "text", "How its lines are written; json: an object each."),
+    Option(
+        "ha",
+        "log_max_bytes",
+        _LOG_BYTES,
+        0,
+        "A log file that has grown to so much gets a name with the time in it, and a new one is begun; 0: it grows."
+        " Not together with logrotate.",
+    ),
     Option("ha", "manufacturer", _padded(0, 32), "pkcs11-ha", "The manufacturer that C_GetInfo names."),
     #
     Option("recovery", "interval_s", _SECONDS, 60, "Seconds to pass between attempts for a member (X)."),
@@ -712,14 +728,18 @@ def unusable(config: Config, text: str) -> Iterator[ConfigError]:
             yield source.error(("member", number, "user"), problem)
 
 
-def log_of(path: str) -> str:
-    """Where a configuration that cannot be used wants its log, as far as that can be told; else the default."""
-    default = str(next(o.default for o in OPTIONS if (o.section, o.name) == ("ha", "log")))
+def log_of(path: str) -> tuple[str, str, int]:
+    """Where and how a configuration that cannot be used wants its log (`log`, `log_format`, `log_max_bytes`), as far
+    as that can be told; else the defaults."""
+    options = {o.name: o for o in OPTIONS if o.section == "ha" and o.name.startswith("log")}
+    found = {name: option.default for name, option in options.items()}
     with suppress(ConfigError, ValueError, AttributeError):
-        wanted = _toml(read(path), path).get("ha", {}).get("log")
-        if isinstance(wanted, str):
-            return _log_spec(wanted)
-    return default
+        wanted = _toml(read(path), path).get("ha", {}).items()
+        for name, value in wanted:
+            if name in options:
+                with suppress(ValueError):
+                    found[name] = options[name].form.read(value)
+    return found["log"], found["log_format"], found["log_max_bytes"]
 
 
 def read(path: str) -> str:

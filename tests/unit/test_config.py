@@ -65,7 +65,7 @@ def option(text: str, section: str) -> str:
 def test_smallest_configuration_has_the_documented_defaults() -> None:
     assert parse(EAST + WEST + PROD, "/x.toml") == config.Config(
         path="/x.toml",
-        ha=HaOptions(only=True, log="syslog", manufacturer="pkcs11-ha"),
+        ha=HaOptions(only=True, log="syslog", log_format="text", log_max_bytes=0, manufacturer="pkcs11-ha"),
         recovery=RecoveryOptions(interval_s=60, attempts=-1, mode="call", connect_timeout_s=5),
         members=tuple(
             MemberConfig(
@@ -115,6 +115,8 @@ FULL = """
 [ha]
 only = false
 log = "file:/var/log/pkcs11-ha/ha.log"
+log_format = "json"
+log_max_bytes = 1048576
 manufacturer = "SafeNet"
 
 [recovery]
@@ -165,7 +167,7 @@ slow_start_s = 4
 
 def test_every_option_can_be_set() -> None:
     given_ = parse(FULL, "/x.toml")
-    assert given_.ha == HaOptions(False, "file:/var/log/pkcs11-ha/ha.log", "SafeNet")
+    assert given_.ha == HaOptions(False, "file:/var/log/pkcs11-ha/ha.log", "json", 1048576, "SafeNet")
     assert given_.recovery == RecoveryOptions(0.5, 0, "background", 20)
     east, spare = given_.members
     assert east == MemberConfig(
@@ -240,16 +242,25 @@ def test_every_option_says_what_it_is_and_how_it_is_written(row: config.Option) 
 
 NAME32 = "n" * 33
 BLANKS = "bytes of printable UTF-8 without a blank at either end"
+LOG_BYTES = "expected a whole number of bytes: 0, or from 4096 to 1 TiB"
 SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either end"
 
 
 @pytest.mark.parametrize(
     ("section", "text", "complaint"),
     [
-        ("ha", "onyl = true", "ha.onyl: unknown key; there are only, log, manufacturer"),
+        (
+            "ha",
+            "onyl = true",
+            "ha.onyl: unknown key; there are only, log, log_format, log_max_bytes, manufacturer",
+        ),
         ("ha", "only = 1", "ha.only: expected true or false"),
         ("ha", 'only = "true"', "ha.only: expected true or false"),
         ("ha", "log = true", 'ha.log: expected "file:/path", "syslog", "stderr" or "off"'),
+        ("ha", 'log_format = "xml"', 'ha.log_format: expected "text" or "json"'),
+        ("ha", "log_max_bytes = 4095", f"ha.log_max_bytes: {LOG_BYTES}"),
+        ("ha", "log_max_bytes = true", f"ha.log_max_bytes: {LOG_BYTES}"),
+        ("ha", f"log_max_bytes = {2**40 + 1}", f"ha.log_max_bytes: {LOG_BYTES}"),
         ("ha", 'manufacturer = "a\\nb"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),
         ("ha", f'manufacturer = "{NAME32}"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),
         ("ha", f'manufacturer = "{"ö" * 17}"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),

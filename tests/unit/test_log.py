@@ -1,5 +1,6 @@
 """One event is one line, whoever writes it and wherever it goes, and a log that fails fails nobody else."""
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkcs11_ha import log
-from pkcs11_ha.log import EVENTS, Event, Log, describe, line, open_log, parse_target, quote
+from pkcs11_ha.log import EVENTS, Event, Log, describe, line, open_log, parse_target, quote, record
 
 LOST = Event("member.lost", "prod", "east", {"code": "CKR_DEVICE_ERROR", "call": "C_Sign"})
 LOST_TEXT = "group=prod member=east member.lost code=CKR_DEVICE_ERROR call=C_Sign"
@@ -53,9 +54,9 @@ def syslog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.s
         yield daemon
 
 
-def file_log(path: Path) -> tuple[Log, Lines, Clock]:
+def file_log(path: Path, max_bytes: int = 0) -> tuple[Log, Lines, Clock]:
     fallback, clock = Lines(), Clock()
-    return Log(log._File(str(path), fallback, clock)), fallback, clock
+    return Log(log._File(str(path), fallback, clock, max_bytes=max_bytes)), fallback, clock
 
 
 def lines_of(path: Path) -> list[str]:
@@ -138,6 +139,33 @@ def test_long_line_shows_that_it_was_cut() -> None:
     assert describe(Event("member.lost", "prod", details={"reason": "x" * 3000})).endswith("x")
 
 
+def test_json_line_is_one_object_with_the_same_keys_always() -> None:
+    assert json.loads(record(LOST, 1795367907123, 4711)) == {
+        "time": "2026-11-22T17:18:27.123Z",
+        "pid": 4711,
+        "group": "prod",
+        "member": "east",
+        "event": "member.lost",
+        "details": {"code": "CKR_DEVICE_ERROR", "call": "C_Sign"},
+    }
+    bare = json.loads(record(Event("core.stopped"), 0, 1))
+    assert (bare["group"], bare["member"], bare["details"]) == (None, None, {})
+
+
+@settings(deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(1, 200), st.integers())
+def test_json_line_stays_an_object_whatever_is_in_it(text: str, times: int, number: int) -> None:
+    event = Event("member.lost", text * times, text * times, {"why": text * times, "n": number})
+    written = record(event, 0, 2**22)
+    assert written.isprintable()
+    assert len(written) < 4096
+    read = json.loads(written)
+    assert read["details"]["n"] == number
+    assert (text * times).startswith(read["details"]["why"].removesuffix("…"))
+    if times == 1:
+        assert (read["group"], read["details"]["why"]) == (text, text)
+
+
 # what is our own fault
 
 
@@ -153,6 +181,8 @@ def test_bytes_are_never_written() -> None:
         describe(Event("login.refused", details={"pin": secret}))  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="not bytes"):
         describe(Event("login.refused", secret))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not bytes"):
+        record(Event("login.refused", details={"pin": secret}), 0, 1)  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a=b", "a\n", "A", "ö"])
@@ -197,6 +227,17 @@ def test_stderr_gets_the_line(capfd: pytest.CaptureFixture[str]) -> None:
     moment, text = err.split(" ", 1)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", moment)
     assert text == f"pkcs11-ha[{os.getpid()}] {LOST_TEXT}\n"
+
+
+def test_json_goes_wherever_the_text_goes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], syslog: socket.socket
+) -> None:
+    for spec in ("stderr", "syslog", f"file:{tmp_path}/ha.log"):
+        open_log(spec, "json").write(LOST)
+    sent = syslog.recv(9999).decode().partition("]: ")[2]
+    for text in (capfd.readouterr().err, sent, (tmp_path / "ha.log").read_text()):
+        read = json.loads(text)
+        assert (read["pid"], read["event"]) == (os.getpid(), "member.lost")
 
 
 def test_syslog_gets_a_datagram(syslog: socket.socket) -> None:
@@ -385,3 +426,137 @@ def test_broken_pipe_does_not_kill_the_host() -> None:
     )
     assert host.stdout == b"alive\n"
     assert host.returncode == -signal.SIGPIPE
+
+
+# the file, when it is full
+
+ROTATED = re.compile(r"ha\.log\.\d{8}T\d{6}\.\d{3}Z")
+
+
+def rotated_of(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.parent.iterdir() if ROTATED.fullmatch(entry.name))
+
+
+def test_full_file_gets_a_name_with_the_time_that_no_other_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ha.log"
+    events, fallback, _ = file_log(path, 2 * len(line(LOST_TEXT, 0, os.getpid())))
+    monkeypatch.setattr("time.time_ns", lambda: 1795367907123 * 1_000_000)
+    for _ in range(7):
+        events.write(LOST)
+    assert [entry.name for entry in rotated_of(path)] == [
+        f"ha.log.20261122T171827.{milliseconds}Z" for milliseconds in (123, 124, 125)
+    ]
+    assert [len(lines_of(entry)) for entry in (*rotated_of(path), path)] == [2, 2, 2, 1]
+    assert fallback.texts == []
+
+
+def test_new_file_is_for_those_who_could_write_to_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "ha.log"
+    path.touch()
+    path.chmod(0o660)
+    events, _, _ = file_log(path, 1)
+    events.write(LOST)
+    assert len(rotated_of(path)) == 1
+    assert path.stat().st_mode & 0o777 == 0o660
+
+
+def test_link_to_the_file_stays_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "ha.log")
+    events, _, _ = file_log(tmp_path / "link", 1)
+    events.write(LOST)
+    events.write(LOST)
+    assert len(rotated_of(tmp_path / "there" / "ha.log")) == 2
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_file_that_cannot_be_renamed_grows_and_is_complained_of_once(
+    directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = directory / "ha.log"
+    path.touch()
+    path.chmod(0o666)
+    directory.chmod(0o1777)  # where one may make files, and not rename those of others
+    user = os.geteuid()
+    if user == 0:
+        os.chown(directory, 1, 1)
+        os.chown(path, 1, 1)
+    else:
+        directory.chmod(0o555)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        events, fallback, _ = file_log(path, 1)
+        events.write(LOST)
+        events.write(LOST)
+    finally:
+        os.seteuid(user)
+        directory.chmod(0o755)
+    assert len(lines_of(path)) == 2
+    assert [entry.name for entry in directory.iterdir()] == ["ha.log"]
+    assert fallback.texts == []
+    complaint = capfd.readouterr().err
+    assert complaint.count("\n") == 1
+    assert f"log file {path} cannot be rotated (" in complaint
+
+
+def test_device_is_not_rotated(capfd: pytest.CaptureFixture[str]) -> None:
+    open_log("file:/dev/stderr", max_bytes=1).write(LOST)
+    assert LOST_TEXT in capfd.readouterr().err
+
+
+WRITERS, LINES, MAX_BYTES = 8, 1000, 16384
+WRITER = f"""
+import os, sys, threading
+from pkcs11_ha.log import Event, open_log
+log = open_log("file:" + sys.argv[1], "text", {MAX_BYTES})
+sys.stdin.readline()
+def write(name):
+    for n in range({LINES // 2}):
+        log.write(Event("core.failed", name, "", {{"n": n, "x": "x" * (n % 500)}}))
+child = os.fork()  # which has the same open file
+name = sys.argv[2] + ("p" if child else "c")
+threads = [threading.Thread(target=write, args=(name + str(k),)) for k in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+sys.exit(os.waitpid(child, 0)[1] if child else 0)
+"""
+
+
+def test_no_line_of_many_processes_is_lost_or_doubled_over_many_rotations(tmp_path: Path) -> None:
+    path = tmp_path / "ha.log"
+    environ = {**os.environ, "PYTHONPATH": str(Path(log.__file__).parents[1])}
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), name],
+            env=environ,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for name in "abcdefgh"[:WRITERS]
+    ]
+    for writer in writers:
+        assert writer.stdin
+        writer.stdin.write(b"\n")
+        writer.stdin.flush()
+    said = [writer.communicate(timeout=100)[1] for writer in writers]
+    assert said == [b""] * WRITERS
+    assert [writer.returncode for writer in writers] == [0] * WRITERS
+
+    pattern = re.compile(r"\S+Z pkcs11-ha\[\d+\] group=([a-h][pc][01]) core\.failed n=(\d+) x=(x+|\"\")")
+    found = []
+    files = [*rotated_of(path), path]
+    for text in (text for file in files for text in lines_of(file)):
+        match = pattern.fullmatch(text)
+        assert match, text
+        assert len(match[3].strip('"')) == int(match[2]) % 500
+        found.append((match[1], int(match[2])))
+    names = [f"{name}{half}{thread}" for name in "abcdefgh"[:WRITERS] for half in "pc" for thread in "01"]
+    assert sorted(found) == [(name, n) for name in sorted(names) for n in range(LINES // 2)]
+
+    # Full, each took at most one line more of every thread: so nobody stayed with it.
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) <= MAX_BYTES + len(names) * 600
+    assert len(sizes) > 100

@@ -61,7 +61,7 @@ def _initialize(flags: int) -> None:
         _current = core.start(flags)
     except ConfigError as error:
         native.lib.ha_say(native.text(str(error)))
-        log = open_log(log_of(error.path))
+        log = open_log(*log_of(error.path))
         log.write(Event("core.failed", details={"why": str(error)}))
         log.close()
         raise CkError(ck.CKR_GENERAL_ERROR) from None

@@ -38,7 +38,7 @@ class Core:
         self.settings = settings
         self.clock = clock
         self.may_use_threads = not flags & ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
-        self.log_target: Log = open_log(settings.ha.log)
+        self.log_target: Log = open_log(settings.ha.log, settings.ha.log_format, settings.ha.log_max_bytes)
         self.rule = Rule(int(settings.recovery.interval_s * 1e9), settings.recovery.attempts)
         self.lock = threading.RLock()  # of member states and what is published of them
         self.attempting = threading.Lock()  # one recovery attempt at a time
