@@ -120,7 +120,7 @@ def write_pages(docs: Path) -> None:
     write(docs / "functions.md", pages.functions())
     write(docs / "mechanisms.md", pages.mechanisms())
     write(docs / "configuration.md", pages.configuration())
-    write(docs / "log.md", pages.log())
+    write(docs / "messages.md", pages.messages())
     write(docs / "return-codes.md", pages.return_codes())
     write(docs / "demo-menu.md", pages.demo_menu())
 

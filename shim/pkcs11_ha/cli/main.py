@@ -18,6 +18,7 @@ from rich.console import Console
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
 from pkcs11_ha.cli import domain as domains
+from pkcs11_ha.cli import explain as explaining
 from pkcs11_ha.cli import group as groups
 from pkcs11_ha.cli import ha, member, module, objects, operator, run
 from pkcs11_ha.cli import status as statuses
@@ -262,6 +263,27 @@ luna.register(app)
 
 
 app.command()(demo_menu)
+
+
+@app.command()
+def explain(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CODE|MESSAGE",
+            help="A return value by name or number, an event, or a line of the HA log.",
+        ),
+    ],
+    as_json: _Json = False,
+) -> None:
+    """Say what a return value or a message of the HA log means, and what to do about it."""
+    try:
+        found = explaining.explain(" ".join(words))
+    except explaining.UnknownMessage as error:
+        if as_json:
+            typer.echo(json.dumps({"nearest": error.nearest}))
+        raise _fail(str(error)) from None
+    typer.echo(json.dumps(explaining.as_json(found), indent=2) if as_json else explaining.show(found))
 
 
 @app.command()
