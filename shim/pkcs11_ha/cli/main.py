@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,10 +19,11 @@ from rich.console import Console
 
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
+from pkcs11_ha.cli import doctor as doctors
 from pkcs11_ha.cli import domain as domains
 from pkcs11_ha.cli import explain as explaining
+from pkcs11_ha.cli import facts, ha, member, module, objects, operator, run
 from pkcs11_ha.cli import group as groups
-from pkcs11_ha.cli import ha, member, module, objects, operator, run
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
 from pkcs11_ha.cli.luna import commands as luna
@@ -263,6 +266,37 @@ luna.register(app)
 
 
 app.command()(demo_menu)
+
+
+@app.command()
+def doctor(
+    user: Annotated[
+        str, typer.Option("--user", metavar="NAME", help="Who runs the applications; else who runs this.")
+    ] = "",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what is well too, and each mechanism.")
+    ] = False,
+    path: _Config = "",
+    as_json: _Json = False,
+) -> None:
+    """Look for what is wrong with installation, permissions, members and clocks, and say how to cure it.
+
+    Members are connected as applications do it; no PIN is tried. Notes leave the exit status 0.
+    """
+    if path:
+        os.environ["PKCS11_HA_CONF"] = path
+    try:
+        whose = facts.user_of(user)
+    except KeyError:
+        raise typer.BadParameter(f"there is no user {user!r}", param_hint="--user") from None
+    findings = doctors.examine(facts.gather(whose), verbose)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        width = min(shutil.get_terminal_size().columns, 100) if sys.stdout.isatty() else None
+        for line in doctors.show(findings, width):
+            typer.echo(line)
+    raise typer.Exit(0 if doctors.is_good(findings) else 1)
 
 
 @app.command()
