@@ -1,5 +1,5 @@
 """The only build recipe: tables -> C and cffi text -> build/libpkcs11-ha.so, with ck.py and docs beside it; the worker;
-and the fault module of the tests (docs/fault-injection.md).
+the man pages; and the fault module of the tests (docs/fault-injection.md).
 
 Run by `make build` with the interpreter that is to be embedded.  Files are written only when they change, and
 objects are compiled only when what they are made of changed, so a second run does nothing.
@@ -123,6 +123,18 @@ def write_pages(docs: Path) -> None:
     write(docs / "messages.md", pages.messages())
     write(docs / "return-codes.md", pages.return_codes())
     write(docs / "demo-menu.md", pages.demo_menu())
+
+
+def write_manual(output: Path) -> None:
+    """The man pages and the shells' completion, which come from the command itself."""
+    from pkcs11_ha.cli import main, manual
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```toml\n")[2].partition("```")[0]
+    write(output / "man" / "p11ha.1", manual.command_page(main.app))
+    write(output / "man" / "pkcs11-ha.toml.5", manual.configuration_page(example))
+    for name, script in manual.completions(main.app).items():
+        write(output / "completions" / name, script)
 
 
 def build_header(stamp: str, paths: Sequence[str], worker: Path) -> str:
@@ -315,6 +327,7 @@ def main() -> None:
     copy_backend(runtime)
     worker = output / "pkcs11-ha-worker"
     emit_all(out, where, arguments.worker or worker)
+    write_manual(output)
     # The embedded interpreter writes nothing, so what it loads is compiled now: a tenth of a second a start.
     compileall.compile_dir(SHIM / "pkcs11_ha", quiet=1)
     if arguments.sanitize == "fuzzer":

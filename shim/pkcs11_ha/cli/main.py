@@ -19,10 +19,10 @@ from rich.console import Console
 
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
+from pkcs11_ha.cli import complete, facts, ha, member, module, objects, operator, run
 from pkcs11_ha.cli import doctor as doctors
 from pkcs11_ha.cli import domain as domains
 from pkcs11_ha.cli import explain as explaining
-from pkcs11_ha.cli import facts, ha, member, module, objects, operator, run
 from pkcs11_ha.cli import group as groups
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
@@ -93,7 +93,9 @@ app.add_typer(ha.app, name="ha")
 domain_app = typer.Typer(no_args_is_help=True, help="The key under which a group's keys travel.")
 app.add_typer(domain_app, name="domain")
 
-_Group = Annotated[str, typer.Argument(metavar="GROUP", help="The group's label.")]
+_Group = Annotated[
+    str, typer.Argument(metavar="GROUP", help="The group's label.", autocompletion=complete.groups)
+]
 _Plain = Annotated[
     bool,
     typer.Option("--plain-import", help="Create the key from the clear on members without RSA-OAEP unwrap."),
@@ -141,7 +143,10 @@ def domain_init(
 
 @domain_app.command("admit")
 def domain_admit(
-    name: Annotated[str, typer.Argument(metavar="MEMBER", help="A new or replaced member.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="MEMBER", help="A new or replaced member.", autocompletion=complete.members),
+    ],
     plain_import: _Plain = False,
     pin_source: _PinSource = "",
     path: _Config = "",
@@ -178,8 +183,15 @@ def domain_rotate(
 
 @domain_app.command("dismiss")
 def domain_dismiss(
-    name: Annotated[str, typer.Argument(metavar="MEMBER", help="A member that will not come back.")],
-    group: Annotated[str, typer.Argument(metavar="GROUP", help="Its group's label.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MEMBER", help="A member that will not come back.", autocompletion=complete.members
+        ),
+    ],
+    group: Annotated[
+        str, typer.Argument(metavar="GROUP", help="Its group's label.", autocompletion=complete.groups)
+    ],
     pin_source: _PinSource = "",
     path: _Config = "",
 ) -> None:
@@ -306,6 +318,7 @@ def explain(
         typer.Argument(
             metavar="CODE|MESSAGE",
             help="A return value by name or number, an event, or a line of the HA log.",
+            autocompletion=complete.codes_and_events,
         ),
     ],
     as_json: _Json = False,

@@ -31,8 +31,9 @@ MESSAGES: Mapping[str, Message] = {
         "Correct the file (`p11ha check` says the same), or restart the application where `why` asks for it.",
     ),
     "config.reloaded": Message(
-        "The configuration file was changed while the application ran, and the application uses it now.",
-        "Nothing.",
+        "The configuration file was changed while the application ran; the details say which members and groups were"
+        " added and removed, and what waits for a restart or for a member that is away.",
+        "Nothing, but for what waits: restart the application, or bring the member back.",
     ),
     "config.warned": Message(
         "Something is configured that works today and will surprise later; `why` says what.",
@@ -76,10 +77,6 @@ MESSAGES: Mapping[str, Message] = {
         " itself. With `why`: bring the member back, or change the PINs with the vendor's tools.",
     ),
     "login.succeeded": Message("The PIN was right on every member that is there.", "Nothing."),
-    "member.added": Message(
-        "A member was added to the configuration file, and a running application has taken it in.",
-        'Nothing. With `replication = "domain"` the member is to be admitted first: `p11ha domain admit MEMBER`.',
-    ),
     "member.admitted": Message(
         "The trial went well: the member answered as its peers do. Its share of load grows over `slow_start_s`.",
         "Nothing.",
@@ -107,10 +104,6 @@ MESSAGES: Mapping[str, Message] = {
     "member.recovered": Message(
         "The recovery check found it again, in the attempt of that number.",
         "Nothing. It takes new work from now on.",
-    ),
-    "member.removed": Message(
-        "A member was taken out of the configuration file, and a running application has let go of it.",
-        "Nothing.",
     ),
     "member.trial": Message("The time of its ejection is over.", "Nothing."),
     "object.ambiguous": Message(
@@ -143,7 +136,7 @@ MESSAGES: Mapping[str, Message] = {
         "The member was tried and is still away (`why`).",
         "As for `member.lost`. Nothing, if it is known to be down.",
     ),
-    "recovery.requested": Message(
+    "recovery.asked": Message(
         "An operator asked for it (`p11ha recover`): the member is tried at once, and its attempts count from 0 again.",
         "Nothing.",
     ),
@@ -160,8 +153,18 @@ MESSAGES: Mapping[str, Message] = {
         " `why` says which. The application got an error, and nothing was left behind.",
         "Do what `why` says; `p11ha domain show GROUP` and `p11ha check` show the state of the members.",
     ),
+    "request.refused": Message(
+        "A file in the state directory asks for something that is not known, or names what is not there (`why`). It did"
+        " not come from this version of `p11ha`.",
+        "Remove the file; see who may write to the state directory (`p11ha doctor`).",
+    ),
     "standby.promoted": Message("Every active member is lost.", "Repair an active member."),
     "standby.released": Message("An active member was recovered.", "Nothing."),
+    "status.unavailable": Message(
+        "The state directory is not there and cannot be made, or is not safe to write to (`why`). The application works"
+        " as it does with one.",
+        "Make it, or correct its owner and mode: `p11ha doctor --user NAME` says how. The next start uses it.",
+    ),
     "write.partial": Message(
         "One member answered `code` to a write that others had done (`call`): policies or firmware differ.",
         '`p11ha diff GROUP` shows the object; with `replication = "domain"`, `p11ha sync GROUP` settles it.',

@@ -107,6 +107,16 @@ def mechanisms() -> str:
     )
 
 
+SECTIONS = {"ha": "[ha]", "recovery": "[recovery]", "member": "[[member]]", "group": "[[group]]"}
+WHERE = (
+    "TOML, in `$PKCS11_HA_CONF`, else `$XDG_CONFIG_HOME/pkcs11-ha/pkcs11-ha.toml`, else"
+    " `/etc/pkcs11-ha/pkcs11-ha.toml`, else Luna's own file in `$ChrystokiConfigurationPath`"
+    " ([luna.md](luna.md)); a process with more rights than its caller reads the one below /etc alone. A file whose"
+    " name ends in .conf or .ini is read as Luna's. What is unknown or wrong is refused: C_Initialize fails with"
+    " CKR_GENERAL_ERROR and one line that names file, line and key, and `p11ha check` says the same."
+)
+
+
 def configuration() -> str:
     """docs/configuration.md"""
 
@@ -119,19 +129,14 @@ def configuration() -> str:
             else f"`{str(option).lower() if isinstance(option, bool) else option}`"
         )
 
-    sections = {"ha": "[ha]", "recovery": "[recovery]", "member": "[[member]]", "group": "[[group]]"}
     rows = (
-        (f"`{sections[o.section]}`", f"`{o.name}`", o.form.words, default(o.default, o.required), o.doc)
+        (f"`{SECTIONS[o.section]}`", f"`{o.name}`", o.form.words, default(o.default, o.required), o.doc)
         for o in OPTIONS
     )
     return _page(
         "The configuration",
         "config.py",
-        "TOML, in `$PKCS11_HA_CONF`, else `$XDG_CONFIG_HOME/pkcs11-ha/pkcs11-ha.toml`, else"
-        " `/etc/pkcs11-ha/pkcs11-ha.toml`, else Luna's own file in `$ChrystokiConfigurationPath`"
-        " ([luna.md](luna.md)); a process with more rights than its caller reads the one below /etc alone. A file whose"
-        " name ends in .conf or .ini is read as Luna's. What is unknown or wrong is refused: C_Initialize fails with"
-        " CKR_GENERAL_ERROR and one line that names file, line and key, and `p11ha check` says the same.",
+        WHERE,
         ("section", "key", "value", "default", "meaning"),
         rows,
     )
