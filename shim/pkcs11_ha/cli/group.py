@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pkcs11_ha import config
-from pkcs11_ha.cli import tokens
+from pkcs11_ha.cli import complete, tokens
 from pkcs11_ha.cli.edit import Draft, EditError, edited
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.options import (
@@ -21,7 +21,6 @@ from pkcs11_ha.cli.options import (
     Group,
     Json,
     MemberName,
-    complete_member,
     load,
     option,
     value,
@@ -230,7 +229,7 @@ def derived_serial(draft: Draft, group: GroupConfig) -> str:
 _Members = Annotated[
     list[str],
     typer.Argument(
-        metavar="MEMBER...", help="Its active members, the primary first.", autocompletion=complete_member
+        metavar="MEMBER...", help="Its active members, the primary first.", autocompletion=complete.members
     ),
 ]
 _Serial = Annotated[
@@ -297,7 +296,7 @@ def create_group(
     standby: Annotated[
         list[str] | None,
         typer.Option(
-            "--standby", metavar="MEMBER", help="A standby; may be repeated.", autocompletion=complete_member
+            "--standby", metavar="MEMBER", help="A standby; may be repeated.", autocompletion=complete.members
         ),
     ] = None,
     serial: _Serial = "",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from pkcs11_ha import config
+from pkcs11_ha.cli import complete
 from pkcs11_ha.config import OPTIONS, Config, Option
 
 ConfigPath = Annotated[
@@ -35,24 +35,12 @@ def load(path: str) -> Config:
     return config.parse(config.read(found), found, complete=False)
 
 
-def _completing(names: Callable[[Config], list[str]]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        with suppress(config.ConfigError):
-            return [name for name in names(load("")) if name.startswith(incomplete)]
-        return []
-
-    return complete
-
-
-complete_group = _completing(lambda settings: [group.label for group in settings.groups])
-complete_member = _completing(lambda settings: [member.name for member in settings.members])
-
 Group = Annotated[
-    str, typer.Argument(metavar="GROUP", help="The group's label.", autocompletion=complete_group)
+    str, typer.Argument(metavar="GROUP", help="The group's label.", autocompletion=complete.groups)
 ]
 MemberName = Annotated[
     str,
-    typer.Argument(metavar="MEMBER", help="The member's name.", autocompletion=complete_member),
+    typer.Argument(metavar="MEMBER", help="The member's name.", autocompletion=complete.members),
 ]
 
 
