@@ -35,7 +35,7 @@ GROUPS = [path for path, command in ALL.items() if hasattr(command, "commands")]
 LEAVES = [
     path
     for path, command in ALL.items()
-    if path not in GROUPS and not command.context_settings.get("allow_extra_args")
+    if path not in GROUPS and not command.context_settings.get("ignore_unknown_options")
 ]
 
 
