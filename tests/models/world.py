@@ -79,7 +79,7 @@ class World:
         monkeypatch.setattr(native, "lib", self.plane)
         monkeypatch.setattr(native, "ffi", cffi.FFI())
         monkeypatch.setattr(Member, "connect", lambda member, *_: self._connect(member))
-        monkeypatch.setattr(runtime, "open_log", lambda _spec: self)
+        monkeypatch.setattr(runtime, "open_log", lambda *_how: self)
 
     def _connect(self, member: Member) -> None:
         self.attempts.append(member.name)

@@ -128,6 +128,10 @@ MESSAGES: Mapping[str, Message] = {
         " CKR_DEVICE_ERROR, once.",
         "The application begins the operation anew. If that happens often, raise `replay_limit_bytes`.",
     ),
+    "recovery.asked": Message(
+        "An operator asked for it (`p11ha recover`): the member is tried at once, and its attempts count from 0 again.",
+        "Nothing.",
+    ),
     "recovery.exhausted": Message(
         "`attempts` attempts failed. The member stays out until C_Initialize, or until somebody asks.",
         "Repair it, then `p11ha recover GROUP MEMBER`; `attempts = -1` in [recovery] sets no limit.",
@@ -135,10 +139,6 @@ MESSAGES: Mapping[str, Message] = {
     "recovery.failed": Message(
         "The member was tried and is still away (`why`).",
         "As for `member.lost`. Nothing, if it is known to be down.",
-    ),
-    "recovery.asked": Message(
-        "An operator asked for it (`p11ha recover`): the member is tried at once, and its attempts count from 0 again.",
-        "Nothing.",
     ),
     "recovery.stopped": Message(
         "The PIN was changed on the member, or is locked or expired there. Another attempt could lock the token.",
