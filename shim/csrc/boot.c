@@ -96,6 +96,7 @@ static void after_fork_in_child(void)
     pthread_mutex_init(&life, NULL);
     ha_slots_reset();
     ha_states_forget();
+    ha_watch_after_fork();
     ha_sessions_after_fork();
     ha_objects_after_fork();
     ha_python_after_fork(true);

@@ -79,7 +79,9 @@ void ha_member_leave(ha_member *member, ha_call *call);
 
 /* ---- virtual slots ---- */
 ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit); /* NULL: too many */
-void ha_slot_add(ha_slot *slot, ha_member *member);
+void ha_slot_add(ha_slot *slot, ha_member *member); /* while it works, too: it serves once it is in `serving` */
+void ha_slot_order(ha_slot *slot, unsigned char *order, unsigned count); /* members, the primary first */
+void ha_slot_balance_by(ha_slot *slot, unsigned balance);
 CK_SLOT_ID ha_slot_id(ha_slot *slot);
 void ha_slot_serving(ha_slot *slot, unsigned serving, unsigned up);
 void ha_slot_check_at(ha_slot *slot, unsigned long long monotonic_ns); /* all ones: no check is due */
@@ -142,6 +144,14 @@ int ha_remote_alive(int remote);
 void ha_remote_kill(int remote); /* calls on it end with CKR_DEVICE_ERROR */
 void ha_remote_stop(int remote); /* the same, once its library has been finalised */
 void ha_remote_free(int remote);
+
+/* ---- directories in which operators change files ---- */
+typedef struct ha_watch ha_watch;
+ha_watch *ha_watch_new(void);                         /* NULL: not to be had */
+void ha_watch_directory(ha_watch *watch, char *path); /* none there: none watched */
+int ha_watch_wait(ha_watch *watch);                   /* 1: something changed, 0: the watch has ended */
+int ha_watch_end(ha_watch *watch);                    /* who waits is woken; 0: nobody can be */
+void ha_watch_free(ha_watch *watch);
 
 /* ---- secrets ---- */
 ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size);

@@ -66,8 +66,8 @@ struct ha_pool {
 
 struct ha_slot {
     CK_SLOT_ID id;
-    unsigned balance; /* HA_BALANCE_* */
-    unsigned count;
+    _Atomic unsigned balance; /* HA_BALANCE_* */
+    _Atomic unsigned count;   /* only grows: a member that leaves keeps its place, and serves no more */
     ha_member *member[HA_MAX_MEMBERS];
     struct ha_pool pool[HA_MAX_MEMBERS][2]; /* read-only, read-write */
     struct ha_map map[HA_MAX_MEMBERS];
@@ -75,6 +75,8 @@ struct ha_slot {
     _Atomic uint32_t up;                              /* all that are there, standbys too */
     _Atomic uint64_t check_at;                        /* monotonic ns after which the recovery check is due */
     _Atomic uint64_t look_at; /* and after which the members are to be compared; UINT64_MAX: never */
+    _Atomic unsigned ordered; /* so many of `order` stand; 0: the order of `member` */
+    _Atomic uint8_t order[HA_MAX_MEMBERS];
     _Atomic uint32_t limited; /* of `serving`: those whose `share` is not the whole */
     _Atomic CK_ULONG login;
     _Atomic bool write_protected;
@@ -143,6 +145,7 @@ bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *call)
 void ha_member_leave_specially(ha_member *member, ha_call *call);
 void ha_wait_for_fork(void);
 int ha_slot_balance(ha_session *session, uint32_t candidates);
+int ha_slot_first_in_order(ha_slot *slot, uint32_t candidates);
 void ha_call_judge(ha_call *call);
 void ha_check_when_due(ha_slot *slot, uint64_t check_at);
 void ha_latency_end(ha_call *call, CK_RV rv);
@@ -207,6 +210,13 @@ static inline int ha_in_flight(ha_member *member)
     return (int)(atomic_load_explicit(&member->load, memory_order_relaxed) & ((1UL << HA_LOAD_BITS) - 1));
 }
 
+/* The primary among `candidates` (never 0). */
+static inline int ha_slot_first(ha_slot *slot, uint32_t candidates)
+{
+    bool moved = __builtin_expect(atomic_load_explicit(&slot->ordered, memory_order_relaxed) != 0, 0);
+    return moved ? ha_slot_first_in_order(slot, candidates) : __builtin_ctz(candidates);
+}
+
 /*
  * The next member among `candidates` (never 0).  The core decides who may serve; which of them is least busy
  * only the data plane can know at this moment.  Ties go round, session by session: a turn that all threads share
@@ -214,7 +224,8 @@ static inline int ha_in_flight(ha_member *member)
  */
 static inline int ha_slot_choose(ha_session *session, uint32_t candidates, bool primary)
 {
-    if (primary || !(candidates & (candidates - 1))) return __builtin_ctz(candidates);
+    if (!(candidates & (candidates - 1))) return __builtin_ctz(candidates);
+    if (primary) return ha_slot_first(session->slot, candidates);
     return ha_slot_balance(session, candidates);
 }
 
@@ -258,6 +269,9 @@ void ha_slots_reset(void);
 
 uint32_t ha_slot_limit(const ha_call *call, uint32_t may);
 void ha_trial_end(ha_session *session);
+
+/* ---- watch.c ---- */
+void ha_watch_after_fork(void);
 
 /* ---- latency.c ---- */
 void ha_latency_begin(ha_call *call);

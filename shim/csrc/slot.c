@@ -18,7 +18,7 @@ ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit)
     if (n == MAX_SLOTS) return NULL;
     if (!slots[n]) {
         slots[n] = aligned_alloc(HA_CACHE_LINE, sizeof(ha_slot));
-        if (slots[n]) slots[n]->count = 0;
+        if (slots[n]) atomic_init(&slots[n]->count, 0);
     }
     ha_slot *slot = slots[n];
     if (!slot) return NULL;
@@ -42,7 +42,36 @@ ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit)
 
 void ha_slot_add(ha_slot *slot, ha_member *member)
 {
-    if (slot->count < HA_MAX_MEMBERS) slot->member[slot->count++] = member;
+    unsigned n = atomic_load(&slot->count);
+    if (n == HA_MAX_MEMBERS) return;
+    slot->member[n] = member;
+    atomic_store(&slot->count, n + 1);
+}
+
+void ha_slot_order(ha_slot *slot, unsigned char *order, unsigned count)
+{
+    bool moved = false;
+    for (unsigned k = 0; k < count && k < HA_MAX_MEMBERS; k++) {
+        atomic_store(&slot->order[k], order[k]);
+        moved = moved || order[k] != k;
+    }
+    atomic_store(&slot->ordered, moved ? count : 0);
+}
+
+/* While the order changes a call may see some of both: whom it finds may serve, at least. */
+RARE int ha_slot_first_in_order(ha_slot *slot, uint32_t candidates)
+{
+    unsigned n = atomic_load(&slot->ordered);
+    for (unsigned k = 0; k < n; k++) {
+        uint8_t member = atomic_load(&slot->order[k]);
+        if (candidates >> member & 1) return member;
+    }
+    return __builtin_ctz(candidates);
+}
+
+void ha_slot_balance_by(ha_slot *slot, unsigned balance)
+{
+    atomic_store(&slot->balance, balance);
 }
 
 /* Slots of an ended run stay where they are for the next: a thread that came too late may still look at one. */
@@ -181,11 +210,12 @@ void ha_trial_end(ha_session *session)
 int ha_slot_balance(ha_session *session, uint32_t candidates)
 {
     ha_slot *slot = session->slot;
-    if (slot->balance == HA_BALANCE_PRIMARY_FIRST) return __builtin_ctz(candidates);
+    unsigned balance = atomic_load_explicit(&slot->balance, memory_order_relaxed);
+    if (balance == HA_BALANCE_PRIMARY_FIRST) return ha_slot_first(slot, candidates);
 
     unsigned many = (unsigned)__builtin_popcount(candidates), start = session->turn % many, best = start;
     int least = -1;
-    for (unsigned k = 0; k < many && least != 0 && slot->balance == HA_BALANCE_LEAST_BUSY; k++) {
+    for (unsigned k = 0; k < many && least != 0 && balance == HA_BALANCE_LEAST_BUSY; k++) {
         unsigned turn = (start + k) % many;
         int busy = ha_in_flight(slot->member[nth(candidates, turn)]);
         if (least < 0 || busy < least) {

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
-from pkcs11_ha.cli import complete, facts, ha, member, module, objects, operator, run
+from pkcs11_ha.cli import complete, facts, ha, member, module, objects, operator, requests, run
 from pkcs11_ha.cli import doctor as doctors
 from pkcs11_ha.cli import domain as domains
 from pkcs11_ha.cli import explain as explaining
@@ -89,6 +89,9 @@ def check(pin_source: _PinSource = "", path: _Config = "", as_json: _Json = Fals
 app.add_typer(groups.app, name="group")
 app.add_typer(member.app, name="member")
 app.add_typer(ha.app, name="ha")
+app.command()(requests.recover)
+app.command()(requests.drain)
+app.command()(requests.enable)
 
 domain_app = typer.Typer(no_args_is_help=True, help="The key under which a group's keys travel.")
 app.add_typer(domain_app, name="domain")

@@ -51,7 +51,7 @@ def _group(library: Library, slot: VirtualSlot) -> GroupStatus:
                 entry.serial.decode("utf-8", "replace"),
                 "standby" if member.name in settings.standby else "active",
                 ck.rv_name(entry.status),
-                member.why if entry.status != ck.CKR_OK else "",
+                "drained" if member.drained else member.why if entry.status != ck.CKR_OK else "",
             )
         )
     return GroupStatus(slot.face.label, slot.face.serial, slot.id, settings.balance, tuple(members))

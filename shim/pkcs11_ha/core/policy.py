@@ -99,9 +99,11 @@ class Standing:
 
     up: bool
     standby: bool
+    drained: bool = False  # by an operator
 
 
 def serving(members: Sequence[Standing]) -> int:
     """The members that take new work, as a mask: the active ones; standbys when no active one is left."""
-    active = sum(1 << i for i, m in enumerate(members) if m.up and not m.standby)
-    return active or sum(1 << i for i, m in enumerate(members) if m.up)
+    ready = [(1 << i, m.standby) for i, m in enumerate(members) if m.up and not m.drained]
+    active = sum(bit for bit, standby in ready if not standby)
+    return active or sum(bit for bit, _ in ready)

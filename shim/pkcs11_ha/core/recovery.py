@@ -28,10 +28,13 @@ class Outage:
     last_ns: int
     failed: int = 0
     stopped: bool = False  # its PIN was refused: a further attempt could lock the token
+    wanted: bool = False  # at once, whatever the rule says: it is new, or an operator asks for it
 
 
 def due_at_ns(outage: Outage, rule: Rule) -> int:
     """The moment *after* which the next attempt is due (strictly more than X); NEVER_NS if none is."""
+    if outage.wanted and not outage.stopped:
+        return 0
     exhausted = rule.attempts != UNLIMITED and outage.failed >= rule.attempts
     return NEVER_NS if outage.stopped or exhausted else outage.last_ns + rule.interval_ns
 
@@ -43,7 +46,16 @@ def is_due(outage: Outage, rule: Rule, now_ns: int) -> bool:
 
 def after_failure(outage: Outage, now_ns: int, pin_refused: bool) -> Outage:
     """The outage after one more failed attempt, which ended now."""
-    return replace(outage, last_ns=now_ns, failed=outage.failed + 1, stopped=outage.stopped or pin_refused)
+    stopped = outage.stopped or pin_refused
+    return replace(outage, last_ns=now_ns, failed=outage.failed + 1, stopped=stopped, wanted=False)
+
+
+def at_once(outage: Outage) -> Outage:
+    """The outage of which an operator asks for an end: all attempts are left again, and the next is due.
+
+    A PIN that was refused is not tried again by that: it could lock the token.
+    """
+    return outage if outage.stopped else replace(outage, failed=0, wanted=True)
 
 
 def is_exhausted(outage: Outage, rule: Rule) -> bool:

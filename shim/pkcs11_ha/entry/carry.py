@@ -83,7 +83,7 @@ class Carried:
                 native.lib.ha_call_answer(call, rv)
 
     def _comes_again(self, error: CkError) -> bool:
-        call, member = self.call, self.slot.members[self.index]
+        call, member = self.call, self.slot.by_index[self.index]
         call.rv = error.rv
         if member.epoch == self.epoch and decide(call) != AGAIN:
             return False

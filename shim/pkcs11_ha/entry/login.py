@@ -11,7 +11,7 @@ from pkcs11_ha.entry.life import current, slot_of
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import login, native
 from pkcs11_ha.runtime.login import Pin
-from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 
@@ -33,7 +33,7 @@ def _context_login(session: Any, slot: VirtualSlot, pin: Any, size: int) -> int:
     index = native.lib.ha_session_member(session)
     if index < 0:
         raise CkError(ck.CKR_OPERATION_NOT_INITIALIZED)
-    carried = Carried("C_Login", slot, session).only(slot.members[index])
+    carried = Carried("C_Login", slot, session).only(slot.by_index[index])
     return carried.run(
         lambda function, call: function(call.member_session, ck.CKU_CONTEXT_SPECIFIC, pin, size)
     )
@@ -58,10 +58,16 @@ def _logout(handle: int) -> None:
 
 def _everybody(slot: VirtualSlot, call: str) -> list[Member]:
     """All members, for a change that must reach all or none; refused while one is away."""
-    away = [member.name for member in slot.members if member.state is not MemberState.UP]
+    there = slot.working()
+    away = [member.name for member in slot.members if member not in there]
     if away:
         current().log(
-            Event("login.refused", slot.face.label, away[0], {"call": call, "why": "a member is away"})
+            Event(
+                "login.refused",
+                slot.face.label,
+                away[0],
+                {"call": call, "why": "a member is away or drained"},
+            )
         )
         raise CkError(ck.CKR_DEVICE_ERROR)
     if any(member.config.pin_source for member in slot.members):

@@ -63,7 +63,7 @@ class Making:
     def carried(self, slot: VirtualSlot, session: Any, member: int | None = None) -> Carried:
         """Ready to be run; on one member alone if that is named."""
         carried = Carried(self.name, slot, session, self.objects, self.mechanism)
-        return carried if member is None else carried.only(slot.members[member])
+        return carried if member is None else carried.only(slot.by_index[member])
 
     def make(
         self,
@@ -140,7 +140,7 @@ def seed(
     if slot.replication:
         carried.without(m for m in slot.members if not slot.replication.party.takes_part(m))
     handles = making.make(carried, templates)
-    return Seed(slot.members[carried.index], carried.epoch, tuple(handles))
+    return Seed(slot.by_index[carried.index], carried.epoch, tuple(handles))
 
 
 def _are_keys(wishes: Sequence[Template]) -> list[bool]:
@@ -253,7 +253,7 @@ class Then:
         first = self.before.run(slot, session, index)
         if first is None:
             return None
-        member, array, count = slot.members[index], self.template.array, self.template.count
+        member, array, count = slot.by_index[index], self.template.array, self.template.count
         copies = self.name == "C_CopyObject"
         made = native.ffi.new("CK_OBJECT_HANDLE *", first.made)
         carried = Carried(self.name, slot, session).only(member)
@@ -339,14 +339,14 @@ class Unwrapped:
 
     def run(self, slot: VirtualSlot, session: Any, index: int) -> Carried | None:
         """As that of `Again`."""
-        keys = self.replication.party.keys.get(slot.members[index].name, {})
+        keys = self.replication.party.keys.get(slot.by_index[index].name, {})
         key = keys.get(self.blob.generation)
         if key is None or self.blob.form not in key.spellings:
             return None
         spelling, filled = mechanism(key.spellings[self.blob.form]), Filled(self.template)
         made = native.ffi.new("CK_OBJECT_HANDLE *")
         blob = self.blob.blob
-        carried = Carried("C_UnwrapKey", slot, session).only(slot.members[index])
+        carried = Carried("C_UnwrapKey", slot, session).only(slot.by_index[index])
         rv = carried.run(
             lambda function, call: int(
                 function(
@@ -399,7 +399,7 @@ def _wrapped_in_session(
 def _as_wished(
     slot: VirtualSlot, session: Any, carried: Carried, first: int, wanted: Template, replication: Replication
 ) -> VirtualObject:
-    member = slot.members[carried.index]
+    member = slot.by_index[carried.index]
     try:
         wrapped, template, final = replication.copying.of_session(member, first, wanted)
         again = Unwrapped(replication, wrapped, template) if wrapped is not None else None

@@ -140,7 +140,7 @@ def _make(
 
 
 def _others(slot: VirtualSlot, index: int) -> list[Member]:
-    return [member for member in slot.up() if slot.index(member) != index]
+    return [member for member in slot.writable() if slot.index(member) != index]
 
 
 def _partial(slot: VirtualSlot, member: Member, name: str, rv: int) -> None:
@@ -152,9 +152,9 @@ def _partial(slot: VirtualSlot, member: Member, name: str, rv: int) -> None:
 def _holders(slot: VirtualSlot, known: VirtualObject) -> list[Member]:
     """Members that are there and have the object, in the group's order; asked, where it is not known."""
     if not known.identity.token:
-        return [member for member in slot.up() if slot.objects.is_at(known, slot.index(member))]
+        return [member for member in slot.writable() if slot.objects.is_at(known, slot.index(member))]
     holders = []
-    for member in slot.up():
+    for member in slot.writable():
         try:
             if slot.objects.handle_at(known, slot.index(member)):
                 holders.append(member)
@@ -244,9 +244,10 @@ def _destroy_object(handle: int, object_: int) -> None:
             lambda function, call: int(function(call.member_session, call.member_object[0])),
         )
     except CkError:
-        if known.identity.token or any(slot.objects.is_at(known, i) for i in range(len(slot.members))):
+        if known.identity.token or any(slot.objects.is_at(known, i) for i in range(len(slot.by_index))):
             raise  # else it has died with the last that had it
-    away = sum(1 << i for i, m in enumerate(slot.members) if m.state is not MemberState.UP)
+    reached = slot.writable()
+    away = sum(1 << slot.index(m) for m in slot.members if m not in reached)
     slot.objects.destroyed_while_away(known, away)
     slot.objects.drop(known)
     slot.objects.has_died(object_)  # meanwhile: that is over, too

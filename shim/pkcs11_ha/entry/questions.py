@@ -47,7 +47,7 @@ def look(native_slot: Any) -> None:
 def decide(call: Any) -> int:
     """A member's answer was not clean: repair, move on, or let it stand."""
     slot = _slot(call)
-    member = slot.members[call.member]
+    member = slot.by_index[call.member]
     row = FUNCTIONS[int(call.row)]
     code = member.code(call.rv)
     active = native.lib.ha_session_active(call.session)
@@ -223,10 +223,10 @@ def locate(call: Any) -> int:
             if not slot.objects.handle_at(known, call.member) and known.recipe is not None:
                 _make_again(slot, call, known)
         except CkError as error:
-            if error.member is slot.members[call.member]:
+            if error.member is slot.by_index[call.member]:
                 call.rv = error.rv
                 if isinstance(error, NotItself):
-                    return _new_library(call, slot, slot.members[call.member])
+                    return _new_library(call, slot, slot.by_index[call.member])
                 return decide(call)
             blame(slot, error, _row_name(call))
             proven = slot.objects.gives_up_claims(known, call.member)
@@ -272,13 +272,13 @@ def no_member(call: Any) -> int:
         if _lose_suspects(slot, call) and _doubt(slot, call):
             return AGAIN
         alive = [
-            i for i, m in enumerate(slot.members) if call.answered >> i & 1 and m.state is MemberState.UP
+            i for i, m in enumerate(slot.by_index) if call.answered >> i & 1 and m.state is MemberState.UP
         ]
         if alive:
             return int(call.first_rv)  # they all say so: it is the answer
         if slot.serving_mask & ~served & ~call.tried:
             return AGAIN  # a standby has taken over
-    complete = all(member.state is MemberState.UP for member in slot.members)
+    complete = len(slot.working()) == len(slot.members)
     if slot.serving_mask & ~call.tried:
         serving = slot.serving_mask & ~call.tried
         if not call.objects or any(_present(slot, call, place) & serving for place in range(call.objects)):
@@ -297,7 +297,7 @@ def _is_gone(slot: VirtualSlot, call: Any) -> bool:
         with suppress(Exception):  # who cannot say it leaves it open
             known = slot.objects.get(int(call.object[place]))
             serving = slot.serving_mask
-            there = [member for i, member in enumerate(slot.members) if serving >> i & 1]
+            there = [member for i, member in enumerate(slot.by_index) if serving >> i & 1]
             if not known.identity.token or slot.replication.whereabouts.is_on_any(known.identity, there):
                 continue
             # What was on one of them is to be on all of them.
@@ -317,7 +317,7 @@ def _looks_again(slot: VirtualSlot, call: Any) -> bool:
 def _lose_suspects(slot: VirtualSlot, call: Any) -> bool:
     """Whether one of them is not well."""
     lost = False
-    for index, member in enumerate(slot.members):
+    for index, member in enumerate(slot.by_index):
         if call.suspects >> index & 1 and member.state is MemberState.UP:
             epoch = member.epoch
             if not member.probe():
@@ -364,18 +364,18 @@ def settled(call: Any) -> None:
     who sends forgeries must not be able to take out members that are clumsy about saying so."""
     slot = _slot(call)
     did = int(call.rv) in (ck.CKR_OK, ck.CKR_BUFFER_TOO_SMALL)
-    for index, member in enumerate(slot.members):
+    for index, member in enumerate(slot.by_index):
         if call.suspects >> index & 1 and member.state is MemberState.UP and (did or not member.probe()):
             current().lose(member, int(call.first_rv), _row_name(call), member.epoch)
     if call.suspects and call.member >= 0:
         details: dict[str, str | int] = {"call": _row_name(call), "code": ck.rv_name(int(call.first_rv))}
-        current().log(Event("call.failed_over", slot.face.label, slot.members[call.member].name, details))
+        current().log(Event("call.failed_over", slot.face.label, slot.by_index[call.member].name, details))
 
 
 def operation_lost(call: Any) -> None:
     """The data plane gave up an operation that had taken input on a member that is gone."""
     slot = _slot(call)
-    member = slot.members[call.member].name if call.member >= 0 else ""
+    member = slot.by_index[call.member].name if call.member >= 0 else ""
     current().log(Event("operation.lost", slot.face.label, member, {"call": _row_name(call)}))
 
 

@@ -34,11 +34,13 @@ def _get_info(info: Any) -> None:
 def _checked(slot_id: int) -> VirtualSlot:
     """The slot, after the recovery check that every call makes."""
     slot = slot_by_id(slot_id)
+    current().changes.heed_in_passing()
     native.lib.ha_slot_gate(slot.native)
     return slot
 
 
 def _get_slot_list(token_present: int, slots: Any, count: Any) -> None:
+    current().changes.heed_in_passing()
     for slot in current().slots.values():
         native.lib.ha_slot_gate(slot.native)
     ids = [slot.id for slot in current().slots.values() if slot.present or not token_present]
@@ -200,8 +202,8 @@ def _init_token(slot_id: int, pin: Any, size: int, label: Any) -> int:
         raise CkError(ck.CKR_FUNCTION_NOT_SUPPORTED)  # a group has no token of its own to wipe
     if native.lib.ha_slot_sessions(slot.native, False):
         raise CkError(ck.CKR_SESSION_EXISTS)
-    member = slot.members[0]
-    if member.state is not MemberState.UP:
+    member = slot.by_index[0]
+    if member not in slot.up():
         raise CkError(ck.CKR_TOKEN_NOT_PRESENT)
     if len(current().slots_of(member)) > 1:
         raise CkError(ck.CKR_SESSION_EXISTS)  # a group uses it

@@ -10,6 +10,7 @@ from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core import outlier
 from pkcs11_ha.core.codes import Code
 from pkcs11_ha.core.outlier import LEFT_OUT, Course, Move, Phase, Rule, Seat, Trial, Window
+from pkcs11_ha.core.recovery import NEVER_NS
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member
@@ -101,6 +102,16 @@ class Breaker:
         self.records = [_Record(member) for member in members]
         self.window_ns = now_ns  # when the windows of all began
         self.due_ns = now_ns + rule.interval_ns
+
+    def seat(self, member: Member) -> None:
+        """One more member."""
+        self.records.append(_Record(member))
+
+    def end(self) -> None:
+        """Nobody is ejected, and calls are not timed any more."""
+        for index in range(len(self.records)):
+            self._share(index, 1.0)
+        native.lib.ha_slot_look_at(self.slot, NEVER_NS)
 
     @property
     def ejected(self) -> frozenset[str]:

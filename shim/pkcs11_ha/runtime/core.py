@@ -14,7 +14,8 @@ from pkcs11_ha import __version__, ck, config
 from pkcs11_ha.core import recovery
 from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
 from pkcs11_ha.log import Event, Log, open_log
-from pkcs11_ha.runtime import breaker, identity_file, login, native
+from pkcs11_ha.runtime import breaker, identity_file, login, native, requests
+from pkcs11_ha.runtime.changes import Changes
 from pkcs11_ha.runtime.library import Libraries
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import OutOfTime
@@ -22,6 +23,7 @@ from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
 SERIAL_SIZE = 16
 _NO_ANSWER = "no answer in time"
+_DRAINED = "it is drained: p11ha enable brings it back"
 _IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
 
 
@@ -34,12 +36,14 @@ class Core:
         state_dir: str,
         flags: int,
         clock: Callable[[], int] = time.monotonic_ns,
+        read: requests.Stamp | None = None,
     ) -> None:
+        """`read`: the stamp of the configuration's file, where it is to be read again when that changes."""
         self.settings = settings
         self.clock = clock
         self.may_use_threads = not flags & ck.CKF_LIBRARY_CANT_CREATE_OS_THREADS
-        self.log_target: Log = open_log(settings.ha.log, settings.ha.log_format, settings.ha.log_max_bytes)
-        self.rule = Rule(int(settings.recovery.interval_s * 1e9), settings.recovery.attempts)
+        self.log_target: Log = _open_log(settings)
+        self.rule = _rule(settings)
         self.lock = threading.RLock()  # of member states and what is published of them
         self.attempting = threading.Lock()  # one recovery attempt at a time
         self.changed = threading.Condition()  # a group vanished or returned, or the end has come
@@ -48,7 +52,12 @@ class Core:
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
         self.members = {c.name: Member(c, clock()) for c in configs}
+        self.former: dict[str, Member] = {}  # those that have left, or are about to
+        self.leaving: list[threading.Thread] = []
         self.slots: dict[int, VirtualSlot] = {}
+        self.changes = Changes(self, settings, state_dir, read)
+        for name in self.changes.drained & self.members.keys():
+            self.members[name].drained = True
         self._connect_all()
         self.slots = self._make_slots(state_dir)
         # slot id -> present, as C_WaitForSlotEvent last reported it
@@ -56,8 +65,9 @@ class Core:
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
         self.tending: threading.Thread | None = None
         self.thread: threading.Thread | None = None
-        if settings.recovery.mode == "background" and self.may_use_threads:
-            self.thread = native.start_thread(self._recover_in_background, "pkcs11-ha recovery")
+        self._start_background()
+        if self.may_use_threads:
+            self.changes.start()
 
     def log(self, event: Event) -> None:
         """Writes one event; the log's own failures never reach a call."""
@@ -67,13 +77,15 @@ class Core:
 
     def _connect_all(self) -> None:
         """All members at once, so that one that does not answer costs `connect_timeout_s` and no more."""
+        members = [member for member in self.members.values() if not member.drained]
+        for member in self.members.values():
+            if member.drained:  # it may be in pieces: nobody waits for it
+                member.why, member.loss_was_read = _DRAINED, True
         if not self.may_use_threads:
-            for member in self.members.values():
+            for member in members:
                 self._connect(member)
             return
-        threads = [
-            native.start_thread(partial(self._connect, m), "pkcs11-ha start") for m in self.members.values()
-        ]
+        threads = [native.start_thread(partial(self._connect, m), "pkcs11-ha start") for m in members]
         for thread in threads:
             thread.join()
 
@@ -98,6 +110,7 @@ class Core:
                     member.outage = replace(member.outage, last_ns=self.clock(), stopped=stopped)
                     member.why = str(error)
                 self._publish(self.slots_of(member))
+            self.changes.notice()  # somebody may wait for the end of this
 
         member.connecting = True
         try:
@@ -138,17 +151,23 @@ class Core:
                 self.leave_out,
                 state_dir,
             )
-            rule = breaker.rule_of(group)
-            if rule is not None:
-                slot.breaker = breaker.Breaker(
-                    slot.native, group.label, members, rule, self.log, self.clock()
-                )
+            slot.breaker = self._breaker(slot, group)
             slots.append(slot)
         identity_file.remember(state_dir, learnt)
         self._publish(slots)
         for slot in slots:
             slot.publish_login()
         return {slot.id: slot for slot in slots}
+
+    def _breaker(self, slot: VirtualSlot, group: config.GroupConfig) -> breaker.Breaker | None:
+        """The group's, as it goes on if it has one."""
+        rule = breaker.rule_of(group)
+        if rule is None:
+            return None
+        if slot.breaker is None:
+            return breaker.Breaker(slot.native, group.label, slot.by_index, rule, self.log, self.clock())
+        slot.breaker.rule = rule
+        return slot.breaker
 
     def _serial_without_member(self, label: str, first: Member, known: dict[str, str]) -> str:
         wanted = dict(first.config.token.wanted).get("serial")
@@ -168,12 +187,17 @@ class Core:
                 return  # what a thread of this run does late is not to reach the next
             for slot in slots:
                 dues = [self._due_at(member) for member in slot.members]
-                slot.publish(min([*dues, slot.tend_at_ns], default=NEVER_NS))
+                asked = 0 if self.changes.is_noticed else NEVER_NS
+                slot.publish(min([*dues, slot.tend_at_ns, asked], default=NEVER_NS))
         with self.changed:
             self.changed.notify_all()
 
+    def publish_all(self) -> None:
+        """Who serves, and when the next check is due, everywhere."""
+        self._publish(list(self.slots.values()))
+
     def _due_at(self, member: Member) -> int:
-        if member.state is MemberState.UP or member.connecting:
+        if member.state is MemberState.UP or member.connecting or member.drained:
             return NEVER_NS
         return recovery.due_at_ns(member.outage, self.rule)
 
@@ -231,12 +255,14 @@ class Core:
         if not self.attempting.acquire(blocking=False):
             return
         try:
+            self.changes.heed()
             for member in slot.members:
                 started = self.clock()
                 if self._is_due(member):
                     self.attempt(member)
                 if self.clock() - started >= self.settings.recovery.connect_timeout_s * 1e9:
                     break  # one caller does not wait for all that hang
+            self.changes.go_on()
             self._tend(slot)
         finally:
             self.attempting.release()
@@ -259,7 +285,7 @@ class Core:
     def _is_due(self, member: Member) -> bool:
         with self.lock:
             away = member.state is MemberState.AWAY and not member.connecting and not self.stopping
-            return away and recovery.is_due(member.outage, self.rule, self.clock())
+            return away and not member.drained and recovery.is_due(member.outage, self.rule, self.clock())
 
     def attempt(self, member: Member) -> bool:
         """One attempt to take a member in again: connected, logged in, its objects matched."""
@@ -290,6 +316,7 @@ class Core:
                 raise ConnectError(ck.CKR_CRYPTOKI_NOT_INITIALIZED, "C_Finalize was quicker")
             member.connecting = False
             member.state = MemberState.UP
+            member.outage = replace(member.outage, wanted=False)
             for slot in slots:
                 self.log(Event("member.recovered", slot.face.label, member.name, {"attempt": failed + 1}))
             self._publish(slots)
@@ -320,18 +347,158 @@ class Core:
         with self.attempting:
             if member.state is MemberState.UP:
                 return True  # another caller has done it
-            if member.connecting or member.outage.stopped or member.outage.failed:
+            if member.connecting or member.drained or member.outage.stopped or member.outage.failed:
                 return False  # or has tried: from here on by the rule
             return self.attempt(member)
 
     def _recover_in_background(self) -> None:
-        while True:
+        while self.settings.recovery.mode == "background":
             with self.changed:
                 if self.changed.wait_for(lambda: self.stopping, _IDLE_STEP_S):
                     return
+            self.changes.heed_in_passing()
             for slot in self.slots.values():
-                if any(self._is_due(member) for member in slot.members):
+                if self.changes.is_noticed or any(self._is_due(member) for member in slot.members):
                     self.check(slot)
+
+    def _start_background(self) -> None:
+        if self.settings.recovery.mode == "background" and self.may_use_threads:
+            self.thread = native.start_thread(self._recover_in_background, "pkcs11-ha recovery")
+
+    # ---- what operators change ----
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether a command decides by itself who takes part."""
+        return any(
+            slot.replication is not None and slot.replication.is_by_hand for slot in self.slots.values()
+        )
+
+    def configure(self, settings: config.Config) -> None:
+        """What holds from here on; who is in which group comes next (`part`, `enlist`)."""
+        before, self.settings = self.settings, settings
+        if settings.ha != before.ha:
+            ended, self.log_target = self.log_target, _open_log(settings)
+            ended.close()
+        with self.lock:
+            self.rule = _rule(settings)
+            self.libraries.connect_timeout_s = settings.recovery.connect_timeout_s
+            groups = {group.label: group for group in settings.groups}
+            for slot in self.slots.values():
+                if slot.is_group and (group := groups.get(slot.face.label)):
+                    slot.regulate(group, self._breaker(slot, group))
+        if self.thread is None or not self.thread.is_alive():
+            self._start_background()
+
+    def enlist(
+        self, slot: VirtualSlot, wanted: config.MemberConfig, drained: bool
+    ) -> tuple[Member | None, str]:
+        """A member joins a group, away and to be tried at once; None, and why, if it cannot now."""
+        with self.lock:
+            member = self.members.get(wanted.name) or self.former.get(wanted.name)
+            if member is None:
+                member = Member(wanted, self.clock())
+            elif member.connecting or any(other.is_group for other in self.slots_of(member)):
+                return None, "it has not quite left its place of before"
+            is_new = member.config != wanted
+            if is_new and member.name in self.members:  # it has a slot of its own
+                self.part(member)
+                return None, "it is met anew, and has not quite been left"
+            if not slot.seat(member, is_new=is_new):
+                return None, "the group can have no more members before the application's next start"
+            if member.name in self.members:  # it has had a slot of its own, and may be up
+                self._away_to_return(member, self.slots_of(member))
+            else:
+                member.renew(wanted, self.clock())
+            member.outage = recovery.at_once(member.outage)
+            member.drained, member.loss_was_read = drained, True
+            member.why = _DRAINED if drained else "it is new"
+            self.former.pop(member.name, None)
+            self.members[member.name] = member
+            for own in self.slots.values():
+                if not own.is_group and own.face.description == member.name:
+                    own.arrange([member], ())
+            return member, ""
+
+    def part(self, member: Member) -> None:
+        """A member leaves: no new work, what it had under way goes on elsewhere; then its library is left, too."""
+        with self.lock:
+            slots = self.slots_of(member)
+            member.state = MemberState.AWAY
+            member.connecting = True  # nobody else is to touch it until it has been left
+            for slot in slots:
+                slot.arrange([m for m in slot.members if m is not member], slot.standbys - {member.name})
+            self.former[member.name] = self.members.pop(member.name)
+            self._publish(slots)
+        if member.instance is None:
+            member.connecting = False
+        elif self.may_use_threads:
+            self.leaving = [thread for thread in self.leaving if thread.is_alive()]
+            self.leaving.append(native.start_thread(partial(self._leave, member, slots), "pkcs11-ha leave"))
+        else:
+            self._leave(member, slots)
+
+    def _leave(self, member: Member, slots: list[VirtualSlot]) -> None:
+        """Logged out, its sessions closed, its library finalised unless others use it: as far as it lets us."""
+        instance = member.instance
+        assert instance
+        if instance.foreign:  # where not all sessions on the token are ours to close
+            for slot in slots:
+                native.lib.ha_slot_drain_pools_of(slot.native, slot.index(member))
+        native.lib.ha_member_new_epoch(member.native)
+        for slot in slots:
+            slot.objects.member_lost(slot.index(member))
+        try:
+            if member.is_quiet(self.settings.recovery.connect_timeout_s):
+                member.leave()
+                member.instance = None
+                self.libraries.release(member.name, instance)
+            else:
+                instance.abandon()
+        except Exception as error:  # it is left all the same
+            member.why = str(error)
+        member.logins.clear()
+        member.connecting = False
+        self.changes.notice()
+
+    def drain(self, member: Member, drained: bool) -> None:
+        """By an operator: it takes no new work from here on, or does again."""
+        missed = any(slot.has_missed(member) for slot in self.slots_of(member))
+        with self.lock:
+            slots, member.drained = self.slots_of(member), drained
+            if not drained and (member.state is MemberState.AWAY or missed):
+                self._away_to_return(member, slots)
+            self._publish(slots)
+            for slot in slots:
+                name = "member.drained" if drained else "member.enabled"
+                self.log(Event(name, slot.face.label, member.name))
+
+    def _away_to_return(self, member: Member, slots: list[VirtualSlot]) -> None:
+        """To be taken in as one that was lost: restarted, logged in, its objects matched."""
+        was_up, member.state = member.state is MemberState.UP, MemberState.AWAY
+        member.outage = recovery.at_once(Outage(self.clock()) if was_up else member.outage)
+        member.why = "it was drained, and is tried again"
+        if was_up:
+            member.logins.clear()
+            self._publish(slots)
+            native.lib.ha_member_new_epoch(member.native)
+            for slot in slots:
+                slot.objects.member_lost(slot.index(member))
+
+    def recover(self, member: Member) -> None:
+        """An operator asks for an attempt at once."""
+        with self.lock:
+            member.outage = recovery.at_once(member.outage)
+            why = ""
+            if member.outage.stopped:
+                why = "its PIN was refused: it is tried again after the application's next C_Initialize"
+            elif member.drained:
+                why = _DRAINED
+            slots = self.slots_of(member)
+            for slot in slots:
+                details: dict[str, str | int] = {"not_tried": why} if why else {}
+                self.log(Event("recovery.asked", slot.face.label, member.name, details))
+            self._publish(slots)
 
     # ---- end ----
 
@@ -344,19 +511,21 @@ class Core:
     def finalise(self) -> None:
         """Logs out, finalises the libraries that are ours and in which nothing is stuck."""
         self.stop()
-        for thread in (self.thread, self.tending):
+        self.changes.watch.end(self.settings.recovery.connect_timeout_s)
+        for thread in (self.thread, self.tending, *self.leaving):
             if thread is not None:
                 thread.join(self.settings.recovery.connect_timeout_s)
         for slot in self.slots.values():
             login.forget(slot, self.settings.recovery.connect_timeout_s)
             slot.objects.forget_recipes()
-        for member in self.members.values():
+        members = self.former | self.members
+        for member in members.values():
             if not self._is_stuck(member) and member.instance is not None and member.instance.foreign:
                 self.in_time(partial(self._depart, member))  # the host goes on with that library
             native.lib.ha_member_new_epoch(member.native)
-        stuck = frozenset(name for name, member in self.members.items() if self._is_stuck(member))
+        stuck = frozenset(name for name, member in members.items() if self._is_stuck(member))
         self.libraries.finalise(stuck, self.in_time)
-        for name, member in self.members.items():
+        for name, member in members.items():
             if name not in stuck:
                 native.lib.ha_member_free(member.native)
         self.log(Event("core.stopped"))
@@ -390,5 +559,14 @@ class Core:
 def start(flags: int) -> Core:
     """Reads the configuration and brings the core up; raises ConfigError."""
     environ = {name: value for name in config.ENVIRONMENT if (value := native.getenv(name)) is not None}
-    settings = config.load(config.find_path(environ))
-    return Core(settings, config.state_dir(environ), flags)
+    path = config.find_path(environ)
+    read = requests.stamp(path)
+    return Core(config.load(path), config.state_dir(environ), flags, read=read)
+
+
+def _open_log(settings: config.Config) -> Log:
+    return open_log(settings.ha.log, settings.ha.log_format, settings.ha.log_max_bytes)
+
+
+def _rule(settings: config.Config) -> Rule:
+    return Rule(int(settings.recovery.interval_s * 1e9), settings.recovery.attempts)

@@ -67,8 +67,16 @@ class Ledger:
         self.label = label
         self.members = members
         self.objects = objects
-        self.refuses: set[str] = {m.name for m in members if m.profile == "nss"}  # they keep no data objects
+        self.refuses: set[str] = set()  # they keep no data objects
+        for member in members:
+            self.seat(member)
         self._seen: dict[object, float] = {}  # when a sign of life of another host's owner was seen first
+
+    def seat(self, member: Member) -> None:
+        """A member that is new to the group, or comes again as another token."""
+        self.refuses.discard(member.name)
+        if member.profile == "nss":
+            self.refuses.add(member.name)
 
     # ---- where entries lie ----
 

@@ -308,6 +308,15 @@ class Libraries:
         instance.finalise()
         self.initialise(instance, config)
 
+    def release(self, member: str, instance: Instance) -> None:
+        """A member leaves its instance; the last one ends it."""
+        with self.lock:
+            instance.members.discard(member)
+            if instance.members or instance not in self.instances:
+                return
+            self.instances.remove(instance)
+        instance.leave()
+
     def finalise(self, stuck: frozenset[str], in_time: Callable[[Callable[[], None]], bool]) -> None:
         """Finalises every instance in which no call is stuck."""
         for instance in self.instances:

@@ -136,7 +136,7 @@ def login(
         _verify(slot, user, pin, lose)
         slot.user = user
         slot.keep_pin(pin.pointer, pin.size)
-        for member in [m for m in slot.up() if slot.id not in m.logins]:
+        for member in [m for m in slot.working() if slot.id not in m.logins]:
             _follow(slot, member, user, pin, lose, refuse)
         if slot.replication and user == ck.CKU_USER:
             slot.replication.begin([member for member in slot.up() if slot.id in member.logins])
@@ -157,10 +157,10 @@ def _make_way_for_so(slot: VirtualSlot) -> None:
 
 def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
     """The PIN is tried on one member alone; the next one only if that member was lost."""
-    candidates = slot.up()
+    candidates = slot.working()
     if user == ck.CKU_USER:
         candidates = [m for m in candidates if m.config.pin_source is None]
-        if slot.up() and all(m.config.pin_source for m in slot.members):
+        if slot.working() and all(m.config.pin_source for m in slot.members):
             _verify_against_own(slot, pin)
             return
     for member in candidates:
@@ -189,7 +189,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
 def _verify_against_own(slot: VirtualSlot, pin: Pin) -> None:
     """Every member has a PIN of its own: the application must know the first one's."""
     try:
-        own = own_pin(slot.up()[0])
+        own = own_pin(slot.working()[0])
     except ConnectError as error:
         raise CkError(ck.CKR_GENERAL_ERROR, str(error)) from None
     try:

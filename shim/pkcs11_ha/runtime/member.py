@@ -71,15 +71,17 @@ class Member:
     """One token.  `state` and `outage` are written by `Core` alone, under its lock."""
 
     def __init__(self, config: MemberConfig, now_ns: int) -> None:
-        self.config = config
         self.name = config.name
         self.native = native.lib.ha_member_new()
         self.state = MemberState.AWAY
-        self.outage = Outage(now_ns)
+        self.drained = False  # by an operator: it takes no new work, and is not tried again
         self.loss_was_read = False  # the first status after a loss says CKR_DEVICE_ERROR
         self.why = ""  # it is away, in one line
         self.instance: Instance | None = None
-        self.profile = profile_of(config)
+        self._cleans: list[
+            Any
+        ] = []  # tables of the data plane; a call that is late may still read the one before
+        self._configure(config, now_ns)
         self.facts: TokenFacts | None = None
         self.slot_flags: int | None = None  # of the slot that the token was seen in
         self.mechanisms: dict[
@@ -94,9 +96,21 @@ class Member:
         self.replacer: int | None = None  # the thread that is restarting the library: no other may call it
         self.connecting = False  # an attempt is under way, perhaps beyond its time
         self.learning = False  # somebody is asking it for its token information
-        self._clean = native.ffi.new("unsigned char[]", codes.clean_table(self.profile))
-        native.lib.ha_member_clean(self.native, self._clean)
         self._name()
+
+    def _configure(self, config: MemberConfig, now_ns: int) -> None:
+        self.config = config
+        self.outage = Outage(now_ns)
+        self.profile = profile_of(config)
+        self._cleans.append(native.ffi.new("unsigned char[]", codes.clean_table(self.profile)))
+        native.lib.ha_member_clean(self.native, self._cleans[-1])
+
+    def renew(self, config: MemberConfig, now_ns: int) -> None:
+        """It was left, and is to come again: perhaps another token, in another library.  Handles of its lives before
+        mean nothing, as always."""
+        self._configure(config, now_ns)
+        self.why, self.loss_was_read = "", False
+        self.facts, self.slot_flags, self.mechanisms = None, None, {}
 
     # ---- calls ----
 
@@ -184,11 +198,8 @@ class Member:
             return False
         if self.instance.remote:
             self.instance.abandon()
-        deadline = time.monotonic() + connect_timeout_s
-        while native.lib.ha_member_in_flight(self.native):
-            if time.monotonic() > deadline:
-                raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")
-            time.sleep(_QUIET_STEP_S)
+        if not self.is_quiet(connect_timeout_s):
+            raise ConnectError(ck.CKR_DEVICE_ERROR, "calls are stuck inside its library")
         return self.instance.is_empty
 
     def _is_finalised(self) -> bool:
@@ -347,6 +358,26 @@ class Member:
     def depart(self) -> None:
         """Closes what the core has opened in a library that is not ours to finalise."""
         self.call("C_CloseSession", self.session)
+
+    def is_quiet(self, patience_s: float) -> bool:
+        """Whether no call is inside its library any more, or will be in a moment."""
+        deadline = time.monotonic() + patience_s
+        while native.lib.ha_member_in_flight(self.native):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_QUIET_STEP_S)
+        return True
+
+    def leave(self) -> None:
+        """Logs out and closes whatever this process has open on it, which in a library of the host's is ours alone."""
+        assert self.instance
+        if self.logins:
+            self.logout()
+            self.logins.clear()
+        if self.instance.foreign:
+            self.depart()
+        else:
+            self.call("C_CloseAllSessions", native.lib.ha_member_slot_id(self.native))
 
     def logout(self) -> int:
         with self.service:

@@ -84,7 +84,7 @@ class ObjectMap:
     ) -> None:
         self.native = slot
         self.label = label
-        self.members = members
+        self.members = members  # by index; the slot adds to them, after `seat`
         self.log = log
         self.lock = threading.RLock()  # of the tables below; never held over a call to a member
         # whether one object of a name on several members is the same, where somebody knows
@@ -102,6 +102,27 @@ class ObjectMap:
         self.hidden: list[set[tuple[int, int]]] = [set() for _ in members]
 
     # ---- the tables ----
+
+    def has_graves(self, index: int) -> bool:
+        """Whether objects were destroyed that the member still has."""
+        with self.lock:
+            return bool(self.tombstones[index])
+
+    def seat(self) -> None:
+        """Room for one more member."""
+        with self.lock:
+            self.by_member.append({})
+            self.tombstones.append([])
+            self.showed.append(0)
+            self.hidden.append(set())
+
+    def unseat(self, index: int) -> None:
+        """A member has left: what comes in its place may be another token."""
+        with self.lock:
+            self.tombstones[index].clear()
+            for known in self.objects.values():
+                self._unbind(known, index)
+                known.homes &= ~(1 << index)
 
     def get(self, handle: int) -> VirtualObject:
         """Raises CkError(CKR_OBJECT_HANDLE_INVALID)."""

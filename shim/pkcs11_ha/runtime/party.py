@@ -40,7 +40,8 @@ class Party:
         state_dir: str,
     ) -> None:
         self.group = group
-        self.members = members
+        self.members = members  # by index, also those that have left the group
+        self.order = tuple(members)  # those that are in it, as the configuration has them
         self.objects = objects
         self.log = log
         self.leave_out = leave_out
@@ -80,11 +81,11 @@ class Party:
 
     def there(self) -> list[Member]:
         """Members that take part and are well, in the configuration's order."""
-        return [member for member in self.members if self.takes_part(member)]
+        return [member for member in self.order if self.takes_part(member)]
 
     def roster(self) -> frozenset[str]:
         """Names of all members that the group has: those admitted and not dismissed since; else those configured."""
-        return frozenset(member.name for member in self.members) if self.names is None else self.names
+        return frozenset(member.name for member in self.order) if self.names is None else self.names
 
     def take_part(self, members: Sequence[Member], generation: Generation | None) -> None:
         """By an operator's decision: these members, with this domain key.  Raises MemberFault, CkError."""

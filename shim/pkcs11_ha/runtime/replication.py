@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pkcs11_ha import ck
+from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core import domain as domains
 from pkcs11_ha.runtime import domain
 from pkcs11_ha.runtime.changing import Changing
@@ -28,7 +29,6 @@ class Replication:
     """Of one group.  The only writer of token objects, ledger and domain keys there, besides the CLI's commands."""
 
     def __init__(self, party: Party) -> None:
-        self.group = party.group
         self.party = party
         self.whereabouts = Whereabouts(self.party)
         self.copying = Copying(self.party, self.whereabouts)
@@ -37,6 +37,11 @@ class Replication:
         self.placing = Placing(self.party, self.whereabouts, self.copying, self.settling, self.changing)
         party.objects.is_one = self.whereabouts.is_one
         self.is_by_hand = False  # a command is at work, and decides itself who takes part
+
+    @property
+    def group(self) -> GroupConfig:
+        """As it is configured now."""
+        return self.party.group
 
     def begin(self, members: Sequence[Member]) -> None:
         """After the login: who has the group's domain key takes part, and all are brought up to date."""

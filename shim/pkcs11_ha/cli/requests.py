@@ -1,0 +1,146 @@
+"""`p11ha recover`, `drain` and `enable`: what running applications are asked for, by files in the state directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, TypeVar
+
+import typer
+
+from pkcs11_ha import config
+from pkcs11_ha.cli import module
+from pkcs11_ha.config import Config, GroupConfig
+from pkcs11_ha.core.reload import names_of
+from pkcs11_ha.runtime import requests
+
+T = TypeVar("T")
+
+users_of: Callable[[str, str], int | None] = lambda _state_dir, _group: None  # noqa: E731
+"""How many running processes use a group of a state directory; None where nobody can say."""
+
+_Config = Annotated[
+    str,
+    typer.Option("--config", metavar="FILE", help="The configuration; else where the library looks for it."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Member = Annotated[str, typer.Argument(metavar="MEMBER", help="A member's name.")]
+
+
+def recover(
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="The group's label.")],
+    member: Annotated[
+        str, typer.Argument(metavar="[MEMBER]", help="One member alone; else all of them.")
+    ] = "",
+    path: _Config = "",
+    as_json: _Json = False,
+) -> None:
+    """Have running applications try lost members at once, and give them all their attempts again."""
+    settings = _settings(path)
+    found = next((g for g in settings.groups if g.label == group), None)
+    if found is None:
+        raise _fail(f"no group {group!r}: there is {', '.join(g.label for g in settings.groups)}")
+    if member and member not in names_of(found):
+        raise _fail(f"no member {member!r} in group {group}: there is {', '.join(names_of(found))}")
+    state_dir, where = config.state_dir(os.environ), _directory()
+    asked = _written(where, lambda: requests.ask_to_recover(where, group, member))
+    drained = requests.read(where).drained & {member or name for name in names_of(found)}
+    users = users_of(state_dir, group)
+    if as_json:
+        _print({"group": group, "member": member, "serial": asked.serial, "processes": users})
+        return
+    who = "the applications" if users is None else f"{users} process{'' if users == 1 else 'es'}"
+    typer.echo(f"{group}: {who} of {state_dir} will try {member or 'lost members'} at the next call")
+    for name in sorted(drained):
+        typer.echo(f"{name} is drained and not tried: p11ha enable {name}")
+    typer.echo("A member that refused its PIN is not tried: correct the PIN, then restart the application.")
+
+
+def drain(
+    member: _Member,
+    force: Annotated[bool, typer.Option("--force", help="Also the last that serves.")] = False,
+    path: _Config = "",
+    as_json: _Json = False,
+) -> None:
+    """Let a member take no new work, for maintenance, until it is enabled again."""
+    settings = _settings(path)
+    group = _group_of(settings, member)
+    where = _directory()
+    if not force and member not in requests.read(where).drained and not _others_serve(path, group, member):
+        raise _fail(f"no other member of group {group.label} serves: --force drains {member} all the same")
+    _written(where, lambda: requests.drain(where, member))
+    _said(
+        as_json, group, member, f"{member} is drained: no new work until p11ha enable {member}", drained=True
+    )
+
+
+def enable(member: _Member, path: _Config = "", as_json: _Json = False) -> None:
+    """Let a drained member take work again."""
+    group = _group_of(_settings(path), member)
+    where = _directory()
+    was = _written(where, lambda: requests.enable(where, member))
+    text = f"{member} is enabled" if was else f"{member} was not drained"
+    _said(as_json, group, member, text, drained=False)
+
+
+def _said(as_json: bool, group: GroupConfig, member: str, text: str, *, drained: bool) -> None:
+    if as_json:
+        _print({"group": group.label, "member": member, "drained": drained})
+    else:
+        typer.echo(text)
+
+
+def _print(what: dict[str, object]) -> None:
+    typer.echo(json.dumps(what, indent=2))
+
+
+def _fail(text: str) -> typer.Exit:
+    typer.echo(text, err=True)
+    return typer.Exit(1)
+
+
+def _settings(path: str) -> Config:
+    if path:
+        os.environ["PKCS11_HA_CONF"] = path
+    try:
+        return config.load(config.find_path(os.environ))
+    except config.ConfigError as error:
+        raise _fail(str(error)) from None
+
+
+def _directory() -> str:
+    return requests.directory(config.state_dir(os.environ))
+
+
+def _group_of(settings: Config, member: str) -> GroupConfig:
+    for group in settings.groups:
+        if member in names_of(group):
+            return group
+    known = ", ".join(name for group in settings.groups for name in names_of(group))
+    raise _fail(f"no member {member!r} in any group: there is {known}")
+
+
+def _others_serve(path: str, group: GroupConfig, member: str) -> bool:
+    """As this host sees it now."""
+    if path:
+        os.environ["PKCS11_HA_CONF"] = path
+    try:
+        with module.initialised() as library:
+            slot = next(s for s in library.core.slots.values() if s.is_group and s.face.label == group.label)
+            return any(other.name != member for other in slot.working())
+    except module.ModuleError as error:
+        raise _fail(str(error)) from None
+
+
+def _written(where: str, write: Callable[[], T]) -> T:
+    """What `write` answers; that the directory cannot be written is one line."""
+    try:
+        return write()
+    except OSError as error:
+        user = str(os.geteuid())
+        with suppress(KeyError):
+            user = pwd.getpwuid(os.geteuid()).pw_name
+        raise _fail(f"user {user} cannot write to {where}: {error.strerror}") from None
