@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,36 @@ def test_a_program_forks_while_a_member_is_tried_again_and_again(
     made = group(pair.east.member(), dead.member(), recovery=BACKGROUND)
     must_fork(program("forks"), module, made, workers, CHILDREN, "use")
     assert made.log.read_text().count("recovery.failed") > CHILDREN
+
+
+def test_a_program_forks_while_its_configuration_is_edited(
+    pair: Pair, group: GroupFactory, program: Program, module: Path
+) -> None:
+    """Its children follow changes of their own, and leave the parent's watch to the parent."""
+    tables = [token.member() for token in (pair.east, pair.west)]
+    made = group(*tables)
+    texts = [
+        made.conf.read_text(),
+        group(*tables, balance="primary-first", standby=["west"]).conf.read_text(),
+    ]
+    over = threading.Event()
+
+    def edit() -> None:
+        for number in itertools.count():
+            new = made.conf.with_suffix(".new")
+            new.write_text(texts[number % 2])
+            new.rename(made.conf)
+            if over.wait(0.1):
+                return
+
+    editor = threading.Thread(target=edit)
+    editor.start()
+    try:
+        must_fork(program("forks"), module, made, 2, 8, "use")
+    finally:
+        over.set()
+        editor.join()
+    assert "config.reloaded" in made.log.read_text()
 
 
 def test_a_program_forks_while_a_member_hangs_in_c_initialize(

@@ -16,7 +16,7 @@ import pytest
 
 from demo.members import SoftToken, softhsm, write_config
 from tests import p11
-from tests.ha.app import environment
+from tests.ha.app import environment, until
 
 KEYS = int(os.environ.get("P11HA_ADMIT", "80"))  # `make chaos` takes 10,000
 P11HA = Path(sys.executable).parent / "p11ha"
@@ -161,3 +161,37 @@ def test_an_interrupted_admission_is_resumed_without_duplicates(growing: Growing
         env=os.environ | growing.env,
     )
     assert compared.stdout.splitlines()[-1] == f"{KEYS} objects, 0 not alike on all members"
+
+
+def test_a_running_application_takes_in_who_is_admitted(growing: Growing, module: Path) -> None:
+    """Not before; and what is written while a member is drained reaches it, as it was logged in."""
+    named: dict[int, p11.Value] = {p11.CKA_TOKEN: True, p11.CKA_VALUE_LEN: 32, p11.CKA_SENSITIVE: True}
+
+    def ask(*command: str) -> None:
+        subprocess.run([P11HA, *command], check=True, capture_output=True, env=os.environ | growing.env)
+
+    with environment(growing.env), p11.Module(module) as library:
+        session = library.open(library.slots()[0], rw=True)
+        session.login("123456")
+        slot = session.info().slot
+
+        def served() -> str:
+            session.random(8)
+            return library.session_member(session)[0]
+
+        session.generate_key(p11.CKM_AES_KEY_GEN, named | {p11.CKA_LABEL: "before"})
+        growing.join()
+        until(lambda: session.random(8) and len(library.ha_status(slot).members) == 3, "it is known")
+        assert sorted(library.ha_status(slot).members.values())[0::2] == ["CKR_OK", "CKR_TOKEN_NOT_PRESENT"]
+        assert growing.admit("\n".join(growing.words[1:]) + "\n").returncode == 0
+        ask("recover", "prod")
+        until(
+            lambda: session.random(8) and set(library.ha_status(slot).members.values()) == {"CKR_OK"},
+            "it is in",
+        )
+        ask("drain", "west")
+        until(lambda: "west" not in {served() for _ in range(6)}, "it is drained")
+        session.generate_key(p11.CKM_AES_KEY_GEN, named | {p11.CKA_LABEL: "drained"})
+        ask("enable", "west")
+    for name in NAMES:
+        assert of_the_application(growing.labels(name)) == Counter(("before", "drained")), name
