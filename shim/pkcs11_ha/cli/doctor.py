@@ -275,6 +275,11 @@ def _members(facts: Facts) -> Iterator[Finding]:
             "see the line on stderr, and p11ha check",
         )
     for member in facts.members:
+        if member.drained:
+            yield Finding(
+                NOTE, about, f"{member.name} is drained", f"p11ha enable {member.name}, when it is well"
+            )
+            continue
         if member.why:
             cure = f"look at the device and its library; then p11ha recover {shlex.quote(member.group)} {member.name}"
             yield Finding(WRONG, about, f"{member.name} is away: {member.why}", cure)

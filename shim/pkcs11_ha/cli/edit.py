@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +69,7 @@ def edited(path: str = "", dry_run: bool = False) -> Iterator[Draft]:
         if dry_run:
             yield from _edit(path, target, None)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target) as replace:
+        with replacing(path) as replace:
             yield from _edit(path, target, replace)
     except BrokenPipeError:
         raise  # of who reads what we say
@@ -78,7 +77,21 @@ def edited(path: str = "", dry_run: bool = False) -> Iterator[Draft]:
         raise EditError(f"{error.filename or path}: {error.strerror}") from None
 
 
-def _edit(path: str, target: Path, replace: _Replace | None) -> Iterator[Draft]:
+@contextmanager
+def replacing(path: str) -> Iterator[Callable[[str], None]]:
+    """The lock of an edit, and what puts a new text in the file's place and keeps a backup; raises EditError."""
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target) as replace:
+            yield replace
+    except BrokenPipeError:
+        raise  # of who reads what we say
+    except OSError as error:
+        raise EditError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def _edit(path: str, target: Path, replace: Callable[[str], None] | None) -> Iterator[Draft]:
     before = _read(path, target)
     try:
         settings = config.parse(before, path, complete=False)

@@ -81,6 +81,7 @@ class MemberFacts:
     name: str
     group: str
     why: str = ""
+    drained: bool = False
     label: str = ""
     serial: str = ""
     flags: int = 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import tomlkit
 from tomlkit import TOMLDocument
 
 from pkcs11_ha import config
+from pkcs11_ha.cli.edit import EditError, replacing
 from pkcs11_ha.cli.operator import OperatorError
-from pkcs11_ha.config import Config, ConfigError
+from pkcs11_ha.config import Config
 from pkcs11_ha.uri import TokenSelector
 
 Change = Callable[[TOMLDocument], None]
@@ -30,9 +30,10 @@ def apply(path: str, change: Change) -> Config:
         raise OperatorError(
             f"{path} is Luna's own: p11ha import-luna {path} makes a file that can be changed"
         )
-    document = tomlkit.parse(read(path) if Path(path).exists() else "")
-    change(document)
-    return write(path, tomlkit.dumps(document))
+    with _replacing(path) as replace:
+        document = tomlkit.parse(read(path) if Path(path).exists() else "")
+        change(document)
+        return _put(path, tomlkit.dumps(document), replace)
 
 
 def read(path: str) -> str:
@@ -45,24 +46,25 @@ def read(path: str) -> str:
 
 def write(path: str, text: str) -> Config:
     """The file with this text, whole or not at all, if it is a configuration; raises ConfigError, OperatorError."""
-    new = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.new")
+    with _replacing(path) as replace:
+        return _put(path, text, replace)
+
+
+def _put(path: str, text: str, replace: Callable[[str], None]) -> Config:
+    settings = config.parse(text, path)
+    for missing in config.unusable(settings, text):
+        raise missing
+    replace(text)
+    return settings
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[Callable[[str], None]]:
     try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileNotFoundError):
-            new.chmod(Path(path).stat().st_mode & 0o7777)
-        loaded = config.load(str(new))
-        new.replace(path)
-    except ConfigError as error:
-        raise ConfigError(path, error.line, error.key, error.problem) from None
-    except OSError as error:
-        raise OperatorError(f"{path}: {error.strerror}") from None
-    finally:
-        new.unlink(missing_ok=True)
-    return loaded
+        with replacing(path) as replace:
+            yield replace
+    except EditError as error:
+        raise OperatorError(str(error)) from None
 
 
 # ---- changes

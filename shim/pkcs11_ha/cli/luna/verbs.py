@@ -21,6 +21,7 @@ from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.config import Config, GroupConfig, MemberConfig
 from pkcs11_ha.luna import LOG_FILE, SERIAL_SIZE
+from pkcs11_ha.runtime import requests
 from pkcs11_ha.runtime.member import MemberState
 
 NO_ERROR = "Command Result : No Error"
@@ -438,10 +439,12 @@ def _recover(this: _Run) -> None:
 
 
 def _ask_to_recover(label: str) -> None:
-    """The seam to `p11ha recover`: what writes its request, which running applications notice, is to be called here."""
-    raise OperatorError(
-        f"{label}: recovery by hand is not in this version: lost members are tried by themselves (hagroup retry)"
-    )
+    """As `p11ha recover`; raises OperatorError."""
+    where = requests.directory(config.state_dir(os.environ))
+    try:
+        requests.ask_to_recover(where, label, "")
+    except OSError as error:
+        raise OperatorError(f"{where}: {error.strerror}") from None
 
 
 def _switch(command: Command) -> bool | None:
