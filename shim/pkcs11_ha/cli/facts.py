@@ -81,12 +81,12 @@ class MemberFacts:
     name: str
     group: str
     why: str = ""
-    drained: bool = False
     label: str = ""
     serial: str = ""
     flags: int = 0
     clock: str = ""
     mechanisms: frozenset[int] = frozenset()
+    drained: bool = False
 
 
 @dataclass(frozen=True)
