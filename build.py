@@ -30,7 +30,7 @@ FUZZ = ROOT / "tests" / "fuzz"
 sys.path.insert(0, str(SHIM))
 
 from pkcs11_ha import __version__  # noqa: E402
-from pkcs11_ha.spec import emit, fault, fuzz, signature, wire  # noqa: E402
+from pkcs11_ha.spec import emit, fault, fuzz, segment, signature, wire  # noqa: E402
 
 MODULE = "_pkcs11_ha"  # the cffi module inside the library
 # Whatever the core raises here is one line: cffi would print a traceback into the host's stderr.
@@ -92,6 +92,7 @@ def emit_all(out: Path, paths: Sequence[str], worker: Path) -> None:
 
     write(out / "functions.gen.h", emit.functions_header(prototypes))
     write(out / "upcalls.gen.h", emit.upcalls_header(prototypes))
+    write(out / "segment.gen.h", segment.c_header())
     write(out / "entry.gen.c", emit.entries(prototypes))
     write(out / "parameters.gen.c", emit.parameters())
     write(out / "exports.map", emit.exports())
@@ -123,6 +124,7 @@ def write_pages(docs: Path) -> None:
     write(docs / "messages.md", pages.messages())
     write(docs / "return-codes.md", pages.return_codes())
     write(docs / "demo-menu.md", pages.demo_menu())
+    write(docs / "status-segments.md", pages.status_segments())
 
 
 def write_manual(output: Path) -> None:

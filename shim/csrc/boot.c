@@ -79,16 +79,19 @@ static void before_fork(void)
 {
     ha_members_before_fork(); /* first: a call that ends may need the GIL to say so */
     ha_python_before_fork();
+    ha_segments_before_fork(); /* last: who holds that lock waits for nobody */
 }
 
 static void after_fork_in_parent(void)
 {
+    ha_segments_after_fork(false);
     ha_python_after_fork(false);
     ha_members_after_fork(false);
 }
 
 static void after_fork_in_child(void)
 {
+    ha_segments_after_fork(true);
     ha_members_after_fork(true);
     atomic_store(&state, DOWN);
     atomic_store(&core_calls, 0);

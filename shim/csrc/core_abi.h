@@ -50,6 +50,8 @@ typedef struct ha_call {
     unsigned char translate;           /* the mechanism's parameter holds object handles */
     unsigned char alone;               /* meant for one member: the data plane asks the others itself */
     unsigned char guarded;             /* SIGPIPE: 0 as it was, 1 to unblock, 2 pending before us */
+    unsigned char sampled;             /* its time is taken for the status segment, */
+    unsigned char compared;            /* and for who compares the members */
     CK_OBJECT_HANDLE object[5];        /* virtual; the arguments, then those inside the mechanism */
     CK_OBJECT_HANDLE member_object[5]; /* the same on the chosen member */
     unsigned long long began_ns;       /* inside the member; 0: its time is not taken */
@@ -72,10 +74,17 @@ int ha_member_in_flight(ha_member *member);
 unsigned long long ha_member_calls(ha_member *member);
 void ha_member_fault(ha_member *member, unsigned fault_class); /* one more */
 unsigned long long ha_member_faults(ha_member *member, unsigned fault_class);
+void ha_member_failover(ha_member *member);                  /* one more call goes on elsewhere */
 void ha_member_latency(ha_member *member, unsigned *counts); /* HA_WORKS times HA_BUCKETS */
 unsigned ha_latency_bucket(unsigned long long ns);
 int ha_member_enter(ha_member *member, unsigned epoch, ha_call *call);
 void ha_member_leave(ha_member *member, ha_call *call);
+
+/* ---- the status segment ---- */
+int ha_segment_open(int file, unsigned long long size);   /* for members made from here on; 0: it cannot be mapped */
+int ha_segment_tell(char *text, unsigned long long size); /* 0: there is not so much room */
+void ha_segment_close(void);
+int ha_member_record(ha_member *member); /* -1: it counts elsewhere */
 
 /* ---- virtual slots ---- */
 ha_slot *ha_slot_new(CK_SLOT_ID id, unsigned balance, CK_ULONG replay_limit); /* NULL: too many */

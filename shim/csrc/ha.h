@@ -21,11 +21,12 @@
 #include "core_abi.h"
 
 #include "functions.gen.h" /* FN_C_*, HA_FUNCTIONS, struct ha_row, HA_OP_*, HA_PHASE_* */
+#include "segment.gen.h"   /* struct ha_counters, HA_LOAD_BITS */
 
 #define RARE __attribute__((noinline)) /* kept out of the usual path, which then needs fewer registers */
 #define HA_EXPORT __attribute__((visibility("default")))
 
-enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512, HA_LOAD_BITS = 20 };
+enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512 };
 
 /* The core's answers carry a seal in their upper half, so that the 0 which cffi returns when Python could not
  * run can never be read as CKR_OK. */
@@ -34,8 +35,8 @@ enum { HA_MAX_MEMBERS = 32, HA_CACHE_LINE = 64, HA_POOL = 64, HA_CODES = 512, HA
 CK_RV ha_unseal(uint64_t answer);
 
 struct ha_member {
-    _Alignas(HA_CACHE_LINE) _Atomic uint64_t load;  /* calls ever << HA_LOAD_BITS | calls inside the library now */
     _Alignas(HA_CACHE_LINE) _Atomic uint32_t epoch; /* changes at every loss and every return */
+    struct ha_counters *counters;                   /* in the status segment, if there is one */
     bool special;                                   /* one of the two that follow */
     bool guard_sigpipe;
     bool one_call_at_a_time;
@@ -44,8 +45,7 @@ struct ha_member {
     void *functions[HA_FUNCTIONS];
     char name[64], serial[20];
     pthread_mutex_t one_call;
-    _Alignas(HA_CACHE_LINE) _Atomic uint64_t faults[HA_FAULTS]; /* answers that were no clean ones, by class */
-    _Atomic uint32_t latency[HA_WORKS][HA_BUCKETS];             /* calls that were timed, by kind of work */
+    _Alignas(HA_CACHE_LINE) _Atomic uint32_t latency[HA_WORKS][HA_BUCKETS]; /* calls timed, by kind of work */
 };
 
 /* From the object handles of one member to the virtual ones of one slot. */
@@ -148,6 +148,7 @@ int ha_slot_balance(ha_session *session, uint32_t candidates);
 int ha_slot_first_in_order(ha_slot *slot, uint32_t candidates);
 void ha_call_judge(ha_call *call);
 void ha_check_when_due(ha_slot *slot, uint64_t check_at);
+void ha_latency_sample(ha_call *call);
 void ha_latency_end(ha_call *call, CK_RV rv);
 
 /* The recovery check of every call: one load while all members are up, else a look at the clock. */
@@ -180,34 +181,44 @@ static inline void ha_session_unlock(ha_session *session)
         ha_session_unlock_slowly(session); /* somebody waits */
 }
 
+/* One call in 2^HA_SAMPLED_BITS, by steps of the golden ratio: 34, 55 or 89 calls apart, so that no pattern of an
+ * application's (an Init, then its Sign) stands against it. */
+static inline bool ha_is_sample(uint64_t calls)
+{
+    return (uint32_t)calls * 0x9E3779B9U < 1U << (32 - HA_SAMPLED_BITS);
+}
+
 /*
  * Counted first, then checked: whoever changes the epoch and then waits until nobody is inside knows that no
  * call with handles of the old epoch can still start (both sides sequentially consistent).
  */
 static inline bool ha_enter(ha_member *member, uint32_t epoch, ha_call *call)
 {
-    atomic_fetch_add(&member->load, (1UL << HA_LOAD_BITS) | 1);
+    _Atomic uint64_t *load = &member->counters->load;
+    uint64_t before = atomic_fetch_add(load, (1UL << HA_LOAD_BITS) | 1);
     while (__builtin_expect(atomic_load(&ha_forking), 0)) {
-        atomic_fetch_sub(&member->load, 1);
+        atomic_fetch_sub(load, 1);
         ha_wait_for_fork();
-        atomic_fetch_add(&member->load, 1);
+        atomic_fetch_add(load, 1);
     }
     if (__builtin_expect(atomic_load(&member->epoch) != epoch, 0)) {
-        atomic_fetch_sub(&member->load, 1);
+        atomic_fetch_sub(load, 1);
         return false;
     }
-    return !member->special || ha_member_enter_specially(member, epoch, call);
+    if (member->special && !ha_member_enter_specially(member, epoch, call)) return false;
+    if (__builtin_expect(ha_is_sample(before >> HA_LOAD_BITS), 0)) ha_latency_sample(call);
+    return true;
 }
 
 static inline void ha_leave(ha_member *member, ha_call *call)
 {
     if (member->special) ha_member_leave_specially(member, call);
-    atomic_fetch_sub(&member->load, 1);
+    atomic_fetch_sub(&member->counters->load, 1);
 }
 
 static inline int ha_in_flight(ha_member *member)
 {
-    return (int)(atomic_load_explicit(&member->load, memory_order_relaxed) & ((1UL << HA_LOAD_BITS) - 1));
+    return (int)(atomic_load_explicit(&member->counters->load, memory_order_relaxed) & ((1UL << HA_LOAD_BITS) - 1));
 }
 
 /* The primary among `candidates` (never 0). */
@@ -248,7 +259,7 @@ static inline void ha_call_init(ha_call *call, unsigned row)
     call->member = -1;
     call->tried = call->suspects = call->answered = call->repairs = call->objects = 0;
     call->sent = call->finished = call->creates_token = call->query = 0;
-    call->translate = call->alone = call->guarded = 0;
+    call->translate = call->alone = call->guarded = call->sampled = call->compared = 0;
     call->began_ns = call->size = 0;
 }
 
@@ -275,6 +286,12 @@ void ha_watch_after_fork(void);
 
 /* ---- latency.c ---- */
 void ha_latency_begin(ha_call *call);
+
+/* ---- segment.c ---- */
+struct ha_counters *ha_counters_take(void);
+void ha_counters_give_back(struct ha_counters *counters);
+void ha_segments_before_fork(void);
+void ha_segments_after_fork(bool child);
 
 /* ---- object.c ---- */
 bool ha_object_valid(CK_OBJECT_HANDLE object, ha_slot *slot);

@@ -1,9 +1,13 @@
 /*
- * How long calls take on each member: histograms of their latency, by kind of work, for who compares the members.
+ * How long calls take on each member: histograms of their latency.
  *
- * Time is taken only in slots that want it (`look_at`).  What takes long is always timed; what is quick is passed over
- * as often as makes the two looks at the clock a hundredth of it, by chance, so that no pattern of an application's
- * stands against it.  The thread that finds `look_at` passed asks the core to look at what was counted.
+ * Those of the status segment are of calls that are chosen whatever they are (ha_is_sample), by class of function: what
+ * they say holds for all calls.
+ *
+ * Those by kind of work are for who compares the members, and only slots that want it take them (`look_at`).  What takes
+ * long is always timed; what is quick is passed over as often as makes the two looks at the clock a hundredth of it, by
+ * chance, so that no pattern of an application's stands against it.  The thread that finds `look_at` passed asks the
+ * core to look at what was counted.
  */
 #include "wire.h" /* ha_monotonic_ns */
 
@@ -39,6 +43,23 @@ static unsigned kind_of_work(const ha_call *call, const struct ha_row *row)
     return HA_WORK_COMPARED + (unsigned)((hash >> 32) % (HA_WORKS - HA_WORK_COMPARED));
 }
 
+RARE void ha_latency_sample(ha_call *call)
+{
+    call->sampled = 1;
+    call->began_ns = ha_monotonic_ns();
+}
+
+static void count_sample(struct ha_counters *counters, uint8_t deadline, uint64_t took)
+{
+    unsigned class = deadline - HA_DEADLINE_INFORMATION; /* connecting is nobody's call */
+    unsigned bits = took ? 64U - (unsigned)__builtin_clzll(took) : 0;
+    unsigned bucket = bits > HA_SEGMENT_SHORTEST_BITS ? bits - HA_SEGMENT_SHORTEST_BITS : 0;
+    if (class >= HA_SEGMENT_CLASSES) return;
+    if (bucket >= HA_SEGMENT_BUCKETS) bucket = HA_SEGMENT_BUCKETS - 1;
+    atomic_fetch_add_explicit(&counters->latency[class][bucket], 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&counters->latency_ns[class], took, memory_order_relaxed);
+}
+
 /* The call has entered its member. */
 RARE void ha_latency_begin(ha_call *call)
 {
@@ -50,7 +71,8 @@ RARE void ha_latency_begin(ha_call *call)
     }
     /* Work that only one member can do says nothing about the others. */
     if (ha_rows[call->row].deadline == HA_DEADLINE_CRYPTOGRAPHY && !ha_call_has_choice(call)) return;
-    call->began_ns = ha_monotonic_ns();
+    call->compared = 1;
+    if (!call->began_ns) call->began_ns = ha_monotonic_ns();
 }
 
 /* The member has answered. */
@@ -60,6 +82,10 @@ RARE void ha_latency_end(ha_call *call, CK_RV rv)
     ha_slot *slot = call->slot;
     uint64_t now = ha_monotonic_ns(), took = now - call->began_ns;
     call->began_ns = 0;
+    if (call->sampled) count_sample(call->target->counters, ha_rows[call->row].deadline, took);
+    call->sampled = 0;
+    if (!call->compared) return;
+    call->compared = 0;
     if (rv == CKR_OK)
         atomic_fetch_add_explicit(
             &call->target->latency[kind_of_work(call, &ha_rows[call->row])][ha_latency_bucket(took)], 1,
@@ -82,10 +108,15 @@ void ha_member_latency(ha_member *member, unsigned *counts)
 
 void ha_member_fault(ha_member *member, unsigned class)
 {
-    if (class < HA_FAULTS) atomic_fetch_add_explicit(&member->faults[class], 1, memory_order_relaxed);
+    if (class < HA_FAULTS) atomic_fetch_add_explicit(&member->counters->faults[class], 1, memory_order_relaxed);
+}
+
+void ha_member_failover(ha_member *member)
+{
+    atomic_fetch_add_explicit(&member->counters->failovers, 1, memory_order_relaxed);
 }
 
 unsigned long long ha_member_faults(ha_member *member, unsigned class)
 {
-    return class < HA_FAULTS ? atomic_load_explicit(&member->faults[class], memory_order_relaxed) : 0;
+    return class < HA_FAULTS ? atomic_load_explicit(&member->counters->faults[class], memory_order_relaxed) : 0;
 }

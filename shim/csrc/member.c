@@ -17,6 +17,11 @@ ha_member *ha_member_new(void)
     ha_member *member = aligned_alloc(HA_CACHE_LINE, sizeof *member);
     if (!member) return NULL;
     memset(member, 0, sizeof *member);
+    member->counters = ha_counters_take();
+    if (!member->counters) {
+        free(member);
+        return NULL;
+    }
     pthread_mutex_init(&member->one_call, NULL);
     atomic_store(&member->epoch, 1);
     pthread_mutex_lock(&members_lock);
@@ -37,6 +42,7 @@ void ha_member_free(ha_member *member)
         if (members[m] == member) members[m] = NULL;
     pthread_mutex_unlock(&members_lock);
     pthread_mutex_destroy(&member->one_call);
+    ha_counters_give_back(member->counters);
     free(member);
 }
 
@@ -92,12 +98,12 @@ unsigned ha_member_new_epoch(ha_member *member)
 
 int ha_member_in_flight(ha_member *member)
 {
-    return (int)(atomic_load(&member->load) & ((1UL << HA_LOAD_BITS) - 1));
+    return (int)(atomic_load(&member->counters->load) & ((1UL << HA_LOAD_BITS) - 1));
 }
 
 unsigned long long ha_member_calls(ha_member *member)
 {
-    return atomic_load_explicit(&member->load, memory_order_relaxed) >> HA_LOAD_BITS;
+    return atomic_load_explicit(&member->counters->load, memory_order_relaxed) >> HA_LOAD_BITS;
 }
 
 /*
@@ -145,7 +151,7 @@ RARE bool ha_member_enter_specially(ha_member *member, uint32_t epoch, ha_call *
         }
         if (atomic_load(&member->epoch) != epoch) { /* lost while this call waited its turn */
             pthread_mutex_unlock(&member->one_call);
-            atomic_fetch_sub(&member->load, 1);
+            atomic_fetch_sub(&member->counters->load, 1);
             return false;
         }
     }

@@ -352,6 +352,8 @@ void ha_repeat_operations(ha_call *call)
     case DONE: {
         int before = session->member;
         session->member = call->member;
+        if (before >= 0 && before != call->member && !(call->tried >> before & 1)) /* else the core has counted it */
+            ha_member_failover(session->slot->member[before]);
         /* Where it was under way before, it still is: that session must not reach another user.  Who is suspected of
          * hanging, say, is not asked for more: what is left there ends when it stands in the way. */
         if (before >= 0 && before != call->member && !(session->owns & call->suspects & 1U << before))

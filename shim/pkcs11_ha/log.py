@@ -53,6 +53,7 @@ EVENTS = {
     "request.refused": "a file in the state directory is no request that can be heeded",
     "standby.promoted": "a standby serves because no active member is left",
     "standby.released": "an active member is back and the standby serves no longer",
+    "status.unavailable": "the process has no status segment, so `p11ha status` does not see it",
     "write.partial": "a write reached some members and not others",
 }
 """Every event there is, and what it means."""

@@ -68,7 +68,10 @@ def decide(call: Any) -> int:
         count_fault(member, code)
     if code in _REPAIR_BIT:
         call.repairs |= _REPAIR_BIT[code]
-    return _CARRY_OUT[verdict](call, slot, member)
+    answer = _CARRY_OUT[verdict](call, slot, member)
+    if answer == AGAIN and call.tried >> slot.index(member) & 1:
+        native.lib.ha_member_failover(member.native)
+    return answer
 
 
 def _answer(call: Any, _slot: VirtualSlot, _member: Member) -> int:

@@ -255,6 +255,7 @@ def _ha_state(slot_id: int, status: Any) -> None:
                 entry.memberStatus = ck.CKR_TOKEN_NOT_PRESENT if member.loss_was_read else ck.CKR_DEVICE_ERROR
                 member.loss_was_read = True
         status.listSize = len(slot.members)
+        core.tell()
 
 
 HANDLERS: dict[str, Callable[..., int | None]] = {

@@ -14,11 +14,12 @@ from pkcs11_ha import __version__, ck, config
 from pkcs11_ha.core import recovery
 from pkcs11_ha.core.recovery import NEVER_NS, Outage, Rule
 from pkcs11_ha.log import Event, Log, open_log
-from pkcs11_ha.runtime import breaker, identity_file, login, native, requests
+from pkcs11_ha.runtime import breaker, identity_file, login, native, report, requests
 from pkcs11_ha.runtime.changes import Changes
 from pkcs11_ha.runtime.library import Libraries
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
-from pkcs11_ha.runtime.native import OutOfTime
+from pkcs11_ha.runtime.native import CkError, OutOfTime
+from pkcs11_ha.runtime.segment import Segment, Unavailable
 from pkcs11_ha.runtime.slot import Face, VirtualSlot
 
 SERIAL_SIZE = 16
@@ -51,6 +52,7 @@ class Core:
         self.libraries = Libraries(self.may_use_threads, settings.recovery.connect_timeout_s)
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
+        self.segment = self._open_segment(state_dir, len(configs))  # before the members, who count in it
         self.members = {c.name: Member(c, clock()) for c in configs}
         self.former: dict[str, Member] = {}  # those that have left, or are about to
         self.leaving: list[threading.Thread] = []
@@ -60,6 +62,10 @@ class Core:
             self.members[name].drained = True
         self._connect_all()
         self.slots = self._make_slots(state_dir)
+        for slot in self.slots.values():
+            if slot.replication is not None:
+                slot.replication.party.told = self.tell
+        self._tell()
         # slot id -> present, as C_WaitForSlotEvent last reported it
         self.reported = {slot.id: slot.present for slot in self.slots.values() if slot.is_group}
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
@@ -72,6 +78,26 @@ class Core:
     def log(self, event: Event) -> None:
         """Writes one event; the log's own failures never reach a call."""
         self.log_target.write(event)
+
+    # ---- what others see ----
+
+    def _open_segment(self, state_dir: str, members: int) -> Segment | None:
+        try:
+            return Segment(state_dir, members)
+        except Unavailable as error:
+            self.log(Event("status.unavailable", details={"why": str(error)}))
+            return None
+
+    def _tell(self) -> None:
+        """Brings the status segment up to date; under the lock, or while nobody else is there yet."""
+        if self.segment is not None:
+            self.segment.tell(report.report(self.settings, self.rule, self.slots.values()))
+
+    def tell(self) -> None:
+        """As `_tell`, for who has changed something else than a member's state."""
+        with self.lock:
+            if not self.stopping:
+                self._tell()
 
     # ---- start ----
 
@@ -98,6 +124,7 @@ class Core:
         except Exception as error:
             member.outage = Outage(self.clock())
             member.why = str(error) or _NO_ANSWER
+            member.fault = _fault_of(error, "C_Initialize") or member.fault
             details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
             self.log(Event("member.lost", "", member.name, details))
 
@@ -109,6 +136,7 @@ class Core:
                     stopped = member.outage.stopped or isinstance(error, PinRefused)
                     member.outage = replace(member.outage, last_ns=self.clock(), stopped=stopped)
                     member.why = str(error)
+                    member.fault = _fault_of(error) or member.fault
                 self._publish(self.slots_of(member))
             self.changes.notice()  # somebody may wait for the end of this
 
@@ -189,6 +217,7 @@ class Core:
                 dues = [self._due_at(member) for member in slot.members]
                 asked = 0 if self.changes.is_noticed else NEVER_NS
                 slot.publish(min([*dues, slot.tend_at_ns, asked], default=NEVER_NS))
+            self._tell()
         with self.changed:
             self.changed.notify_all()
 
@@ -216,6 +245,7 @@ class Core:
             member.outage = Outage(self.clock())
             member.loss_was_read = False
             member.why = f"{call} answered {ck.rv_name(rv)}"
+            member.fault = (ck.rv_name(rv), call)
             slots = self.slots_of(member)
             for slot in slots:
                 details: dict[str, str | int] = {"code": ck.rv_name(rv), "call": call}
@@ -247,6 +277,7 @@ class Core:
         with self.lock:
             if slot.breaker is not None and not self.stopping and self.clock() >= slot.breaker.due_ns:
                 slot.breaker.step(self.clock())
+                self._tell()
 
     # ---- recovery ----
 
@@ -328,6 +359,7 @@ class Core:
             refused = isinstance(error, PinRefused)
             member.outage = recovery.after_failure(member.outage, self.clock(), refused)
             member.why = str(error) or _NO_ANSWER
+            member.fault = _fault_of(error) or member.fault
             limit = "unlimited" if self.rule.attempts < 0 else str(self.rule.attempts)
             details: dict[str, str | int] = {
                 "attempt": f"{member.outage.failed} of {limit}",
@@ -528,6 +560,8 @@ class Core:
         for name, member in members.items():
             if name not in stuck:
                 native.lib.ha_member_free(member.native)
+        if self.segment is not None:
+            self.segment.close()
         self.log(Event("core.stopped"))
         self.log_target.close()
 
@@ -554,6 +588,11 @@ class Core:
         except OutOfTime:
             return False
         return True
+
+
+def _fault_of(error: BaseException, call: str = "recovery") -> tuple[str, str] | None:
+    """The code that an attempt ended with, and what it was at; None where nothing was answered."""
+    return (ck.rv_name(error.rv), call) if isinstance(error, ConnectError | CkError) else None
 
 
 def start(flags: int) -> Core:

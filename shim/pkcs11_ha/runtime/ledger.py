@@ -21,6 +21,7 @@ from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.attributes import Filled
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.objects import ObjectMap
+from pkcs11_ha.runtime.process import start_of
 from pkcs11_ha.runtime.service import MemberFault, Refused, create, destroy, do, find, on
 
 _APPLICATION = RESERVED + b"ledger "
@@ -39,7 +40,7 @@ _NO_DATA = (
 
 def me() -> Owner:
     """This process, as the owner of one write."""
-    return Owner(_host(), os.getpid(), _start_of(os.getpid()) or 0, secrets.token_hex(8))
+    return Owner(_host(), os.getpid(), start_of(os.getpid()) or 0, secrets.token_hex(8))
 
 
 @cache
@@ -49,15 +50,6 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return secrets.token_hex(16)  # nobody's: its processes are told dead by their silence
-
-
-def _start_of(pid: int) -> int | None:
-    """When a process of this host was started, in ticks; None if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class Ledger:
@@ -305,7 +297,7 @@ class Ledger:
         if owner.host == _host() and owner.pid == os.getpid():
             return False  # it would be us: one write of a process at a time
         if owner.host == _host():
-            return _start_of(owner.pid) == owner.start
+            return start_of(owner.pid) == owner.start
         since = self._seen.setdefault(owner, time.monotonic())
         return time.monotonic() - since < _STILL_S
 

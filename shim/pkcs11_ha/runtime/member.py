@@ -77,6 +77,10 @@ class Member:
         self.drained = False  # by an operator: it takes no new work, and is not tried again
         self.loss_was_read = False  # the first status after a loss says CKR_DEVICE_ERROR
         self.why = ""  # it is away, in one line
+        self.fault = (
+            "",
+            "",
+        )  # the last code for which it was lost or not recovered, and the call that gave it
         self.instance: Instance | None = None
         self._cleans: list[
             Any

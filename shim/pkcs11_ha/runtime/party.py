@@ -54,6 +54,10 @@ class Party:
         self._lengths: dict[str, tuple[int, bool]] = {}  # member -> epoch, and what was found then
         self.names: frozenset[str] | None = None  # as the ledger has them; None: it has none
         self.keys: dict[str, dict[int, DomainKey]] = {}
+        self.owed: dict[str, frozenset[str]] | None = (
+            None  # uid -> who is to be given or to lose it; `Settling`'s
+        )
+        self.told: Callable[[], None] = lambda: None  # what is owed has changed
 
     def _taken(self) -> None:
         """What we know of handles is of the lives in which members were found fit.  And each takes notice of what
@@ -133,6 +137,10 @@ class Party:
     def away(self) -> frozenset[str]:
         there = self.there()
         return self.roster() - {member.name for member in there}
+
+    def owed_to(self, name: str) -> int | None:
+        """Objects that a member has yet to be given or to lose, as far as was seen; None: nobody has looked yet."""
+        return None if self.owed is None else sum(name in names for names in list(self.owed.values()))
 
     def handle_at(self, known: VirtualObject, member: Member) -> int:
         """The object's handle on a member, 0 if it is not there; raises MemberFault, Refused."""

@@ -51,8 +51,10 @@ class Settling:
         there = self.party.there()
         replicas = self.party.ledger.of(uid, there)
         if not replicas:
+            self._owe(uid, frozenset())
             return
         situation = assess(replicas, [m.name for m in there], self.party.roster())
+        self._owe(uid, situation.behind | situation.away)
         if situation.behind or situation.away:
             return
         at_target = [r for r in replicas if r.entry.weight == situation.target.weight]
@@ -75,6 +77,17 @@ class Settling:
             ):  # else another process has announced more since
                 self.party.ledger.erase(replica)
 
+    def _owe(self, uid: str, names: frozenset[str]) -> None:
+        """Who is owed what an entry says, as of now."""
+        if self.party.owed is None:
+            self.party.owed = {}
+        if self.party.owed.get(uid, frozenset()) == names:
+            return
+        self.party.owed[uid] = names
+        if not names:
+            del self.party.owed[uid]
+        self.party.told()
+
     def settle(self, returning: Member | None = None) -> None:
         """Brings whatever is open to its end, on all who are there.
 
@@ -89,6 +102,7 @@ class Settling:
         if not self.party.ledger.can_keep(there):
             return
         self._keep_regrets()
+        self.party.owed = self.party.owed or {}
         seen: set[str] = set()
         for _ in range(_ROUNDS):
             uids = [uid for uid in self.party.ledger.open(there) if uid not in seen]
@@ -96,6 +110,9 @@ class Settling:
                 break
             seen.update(uids)
             self._settle(uids, returning)
+        for uid in self.party.owed.keys() - seen:
+            self._owe(uid, frozenset())  # others have seen to it
+        self.party.told()
         for member in self.party.there():
             self._sweep(member)
 

@@ -122,6 +122,9 @@ class VirtualSlot:
     def index(self, member: Member) -> int:
         return self.by_index.index(member)
 
+    def is_standby(self, index: int) -> bool:
+        return self.by_index[index].name in self.standbys
+
     def up(self) -> list[Member]:
         """Members that are there, active ones first."""
         return [member for member in self.members if member.state is MemberState.UP]

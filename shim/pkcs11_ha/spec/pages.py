@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from pkcs11_ha import ck
@@ -9,6 +10,7 @@ from pkcs11_ha.cli.menu import table as menu
 from pkcs11_ha.config import OPTIONS
 from pkcs11_ha.core.codes import Code, classify
 from pkcs11_ha.log import EVENTS
+from pkcs11_ha.spec import segment
 from pkcs11_ha.spec.functions import FUNCTIONS, Deadline, Effect, Function, Route, deadline_class
 from pkcs11_ha.spec.mechanisms import BYTES, MECHANISMS, PARAMETERS
 from pkcs11_ha.spec.messages import FOLLOWS, MESSAGES, WORDS
@@ -21,9 +23,12 @@ def _page(
     title: str, source: str, introduction: str, heads: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> str:
     lines = [f"# {title}", "", _GENERATED.format(source=source), "", introduction, ""]
-    lines += [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_table(heads, rows)]) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
+    return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
 
 
 _PLANE = {
@@ -259,3 +264,62 @@ def demo_menu() -> str:
         rows,
     )
     return page + _DEMO_MENU_SCRIPTS
+
+
+def _fields(of: Sequence[segment.Field]) -> list[str]:
+    rows = (
+        (str(at), f"`{each.name}{''.join(f'[{n}]' for n in each.shape)}`", each.kind, each.doc)
+        for each, at in segment.offsets(of)
+    )
+    return _table(("at", "field", "type", "meaning"), rows)
+
+
+def status_segments() -> str:
+    """docs/status-segments.md"""
+    lines = ["# Status segments", "", _GENERATED.format(source="spec/segment.py"), ""]
+    lines += [_SEGMENTS, "", "## Header", "", *_fields(segment.HEADER), "", "## Record of a member", ""]
+    lines += [
+        f"{segment.RECORD_SIZE} bytes. Classes of functions: {', '.join(c.value for c in segment.CLASSES)}"
+    ]
+    lines += [
+        "([functions.md](functions.md), column limit).",
+        "",
+        *_fields(segment.COUNTERS),
+        "",
+        "## Text",
+        "",
+    ]
+    lines += ["UTF-8, a JSON object.", ""]
+    for text in segment.TEXTS:
+        rows = ((f"`{each.name}`", each.metadata["doc"]) for each in dataclasses.fields(text))
+        lines += [f"### {(text.__doc__ or '').rstrip('.')}", "", *_table(("key", "value"), rows), ""]
+    return "\n".join(lines)
+
+
+_SEGMENTS = f"""\
+Each process that uses the module shows of itself what `p11ha status`, `watch` and `metrics` read: a file in the state
+directory (`$PKCS11_HA_STATE`, else `$XDG_RUNTIME_DIR/pkcs11-ha`, else `/run/pkcs11-ha`), made by C_Initialize and
+removed by C_Finalize. Its name is `PID-START.segment`. Files of processes that ended otherwise are removed by the next
+C_Initialize, and by the readers. The child of a fork has none until its own C_Initialize.
+
+**Who may read it.** The mode is 0600. Where the directory has the set-group-id bit it is 0640, and the file has the
+directory's group: `install -d -m 2770 -g hsm /run/pkcs11-ha` lets the group `hsm` have processes in it, and read of
+them all. No file is made in a directory that others can write to, or that is neither root's nor the process's own
+user's; then, or if it cannot be made for another reason, the module works without, and `status.unavailable` in the HA
+log says why. Nothing in it is secret: no PIN, no key, no argument of the program, no name of an object.
+
+**What it costs.** Calls are counted in the word that balancing needs anyway. The time of one call in
+{1 << segment.SAMPLED_BITS} is taken, chosen by its number whatever call it is: histograms are of these samples, and
+hold for all calls of their class. What the [circuit breaker](circuit-breaking.md) times besides is not among them: it
+prefers slow calls.
+
+**What can go wrong.** The file is mapped by the process and written in place. Who truncates it (its own user or root)
+takes the memory away under a running process, which then dies of SIGBUS: remove such a file, never empty it. Room is
+reserved when the file is made, so a full disk does no harm later. Readers open it for reading only, do not map it, and
+take nothing in it for granted: what is truncated, foreign or of a later version is named and passed over.
+A process that replaced itself by exec without C_Finalize is shown until it ends. In another process namespace, say of a
+container that has the directory too, nobody here can tell whether it lives: it is shown, and its file is never removed.
+
+**How to read it.** All numbers are in the machine's byte order. Counters only grow, but for the calls inside now; each
+is read whole. The text is read between two readings of `text_sequence` that are even and equal. Another version of the
+format has another `version`; what is added without harm to old readers, a key of the text, leaves it as it is."""
