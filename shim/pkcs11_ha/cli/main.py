@@ -19,12 +19,11 @@ from rich.console import Console
 
 from pkcs11_ha import __version__, config
 from pkcs11_ha.cli import check as checks
-from pkcs11_ha.cli import complete, facts, ha, member, module, objects, operator, requests, run
+from pkcs11_ha.cli import complete, facts, ha, member, module, objects, observe, operator, requests, run
 from pkcs11_ha.cli import doctor as doctors
 from pkcs11_ha.cli import domain as domains
 from pkcs11_ha.cli import explain as explaining
 from pkcs11_ha.cli import group as groups
-from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.custody import Shares, parse_shares
 from pkcs11_ha.cli.luna import commands as luna
 from pkcs11_ha.cli.menu.command import demo_menu
@@ -37,6 +36,7 @@ from pkcs11_ha.core.domain import Generation
 from pkcs11_ha.runtime.member import MemberState
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(observe.app)
 
 
 def _fail(text: str) -> typer.Exit:
@@ -52,21 +52,6 @@ def _use(path: str) -> None:
         config.load(config.find_path(os.environ))
     except config.ConfigError as error:
         raise _fail(str(error)) from None
-
-
-@app.command()
-def status(path: _Config = "", as_json: _Json = False) -> None:
-    """Show the groups and their members, as this host sees them now."""
-    _use(path)
-    try:
-        with module.initialised() as library:
-            groups = statuses.read(library)
-    except module.ModuleError as error:
-        raise _fail(str(error)) from None
-    if as_json:
-        typer.echo(json.dumps(statuses.as_json(groups), indent=2))
-    else:
-        statuses.show(groups, Console())
 
 
 @app.command()

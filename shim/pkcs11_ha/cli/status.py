@@ -1,13 +1,17 @@
-"""`p11ha status`: the groups and their members, as seen from here and now."""
+"""`p11ha status`: the groups and their members, as a new process sees them, and as JSON, as running ones do."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
 
 from pkcs11_ha import ck
+from pkcs11_ha.cli import segments
 from pkcs11_ha.cli.module import Library
 from pkcs11_ha.runtime.slot import VirtualSlot
 
@@ -55,6 +59,87 @@ def _group(library: Library, slot: VirtualSlot) -> GroupStatus:
             )
         )
     return GroupStatus(slot.face.label, slot.face.serial, slot.id, settings.balance, tuple(members))
+
+
+def joined_json(processes: Sequence[segments.Process], skipped: Sequence[str]) -> dict[str, object]:
+    """What --json prints of running processes."""
+    now_ns = time.monotonic_ns()
+    return {
+        "groups": [
+            {
+                "label": group.text.label,
+                "serial": group.text.serial,
+                "slot": group.text.slot,
+                "balance": group.text.balance,
+                "configuration": group.configuration,
+                "members": [_joined_member(member, now_ns) for member in group.members],
+            }
+            for group in segments.join(processes)
+        ],
+        "processes": [_process(process) for process in processes],
+        "skipped": list(skipped),
+    }
+
+
+def _process(process: segments.Process) -> dict[str, object]:
+    """Of one that is being initialised only who it is."""
+    text = {} if process.text is None else asdict(process.text)
+    return {"pid": process.pid, "segment": process.name, **{k: v for k, v in text.items() if k != "groups"}}
+
+
+def _joined_member(member: segments.Member, now_ns: int) -> dict[str, object]:
+    return {
+        "name": member.name,
+        "serial": member.serial,
+        "role": "standby" if member.standby else "active",
+        "status": member.status,
+        "why": next((v.member.why for v in member.views if v.member.why), ""),
+        "states": member.states,
+        **_counted(member.counters),
+        "processes": [_view(view, now_ns) for view in member.views],
+    }
+
+
+def _view(view: segments.View, now_ns: int) -> dict[str, object]:
+    text, said = view.process.text, view.member
+    due = said.next_monotonic_ns
+    return {
+        "pid": view.process.pid,
+        "program": text.program if text else "",
+        "state": said.state,
+        "status": view.status,
+        "since": datetime.fromtimestamp(said.since_ns / 1e9, tz=UTC).isoformat(timespec="milliseconds"),
+        "code": said.code,
+        "call": said.call,
+        "why": said.why,
+        "attempts_failed": said.failed,
+        "attempts": text.attempts if text else None,
+        "next_attempt_s": None if due is None else round((due - now_ns) / 1e9, 3),
+        "pin_refused": said.stopped,
+        "owed": said.owed,
+        **_counted(view.counters),
+    }
+
+
+def _counted(counters: segments.Counters) -> dict[str, object]:
+    return {
+        "calls": counters.calls,
+        "in_flight": counters.in_flight,
+        "failovers": counters.failovers,
+        "faults": counters.faults,
+        "latency": {
+            name: {
+                "samples": latency.samples,
+                "total_ns": latency.total_ns,
+                "p50_ns": latency.quantile_ns(0.5),
+                "p99_ns": latency.quantile_ns(0.99),
+                "up_to_ns": {
+                    segments.edge_ns(bucket): count for bucket, count in enumerate(latency.counts) if count
+                },
+            }
+            for name, latency in counters.latency.items()
+        },
+    }
 
 
 def as_json(groups: list[GroupStatus]) -> dict[str, object]:

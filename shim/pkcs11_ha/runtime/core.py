@@ -25,6 +25,7 @@ from pkcs11_ha.runtime.slot import Face, VirtualSlot
 SERIAL_SIZE = 16
 _NO_ANSWER = "no answer in time"
 _DRAINED = "it is drained: p11ha enable brings it back"
+_MAY_JOIN = 4  # members that have room in the status segment beside those of the start
 _IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
 
 
@@ -52,7 +53,7 @@ class Core:
         self.libraries = Libraries(self.may_use_threads, settings.recovery.connect_timeout_s)
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
-        self.segment = self._open_segment(state_dir, len(configs))  # before the members, who count in it
+        self.segment = self._open_segment(state_dir, len(configs) + _MAY_JOIN)  # before the members, who count in it
         self.members = {c.name: Member(c, clock()) for c in configs}
         self.former: dict[str, Member] = {}  # those that have left, or are about to
         self.leaving: list[threading.Thread] = []

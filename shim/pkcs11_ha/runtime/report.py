@@ -24,18 +24,18 @@ def report(settings: Config, rule: Rule, slots: Iterable[VirtualSlot]) -> Proces
 
 
 def _group(slot: VirtualSlot, rule: Rule) -> GroupText:
-    members = tuple(_member(slot, index, member, rule) for index, member in enumerate(slot.members))
+    members = tuple(_member(slot, member, rule) for member in slot.members)
     balance = slot.group.balance if slot.group is not None else ""
     return GroupText(slot.face.label, slot.face.serial, slot.id, balance, members)
 
 
-def _member(slot: VirtualSlot, index: int, member: Member, rule: Rule) -> MemberText:
+def _member(slot: VirtualSlot, member: Member, rule: Rule) -> MemberText:
     up = member.state is MemberState.UP
     due = NEVER_NS if up or member.connecting else due_at_ns(member.outage, rule)
     return MemberText(
         name=member.name,
         serial=member.serial,
-        standby=slot.is_standby(index),
+        standby=slot.is_standby(slot.index(member)),
         state=_state(slot, member),
         since_ns=0,
         since_monotonic_ns=0,
@@ -52,6 +52,8 @@ def _member(slot: VirtualSlot, index: int, member: Member, rule: Rule) -> Member
 
 
 def _state(slot: VirtualSlot, member: Member) -> str:
+    if member.drained:
+        return "drained"
     if member.state is not MemberState.UP:
         return "connecting" if member.connecting else "away"
     return "ejected" if slot.breaker is not None and member.name in slot.breaker.ejected else "up"
