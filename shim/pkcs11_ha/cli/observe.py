@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +20,7 @@ from pkcs11_ha import config
 from pkcs11_ha.cli import screen, segments
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.options import ConfigPath, Json
+from pkcs11_ha.log import EVENTS, IDENT, parse_target
 
 app = typer.Typer()
 
@@ -28,6 +36,17 @@ def _say(skipped: tuple[str, ...]) -> None:
         typer.echo(line, err=True)
 
 
+def _look(path: str) -> Callable[[], segments.Found]:
+    """What there is now, of this configuration alone if one is named."""
+    directory = config.state_dir(os.environ)
+
+    def look() -> segments.Found:
+        found = segments.read_all(directory)
+        return segments.Found(tuple(segments.of_configuration(found.processes, path)), found.skipped)
+
+    return look
+
+
 @app.command()
 def status(
     probe: Annotated[
@@ -38,14 +57,13 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the groups and their members, as running processes see them; without any, as a new one would."""
-    found = segments.read_all(config.state_dir(os.environ))
-    processes = segments.of_configuration(found.processes, path)
-    if probe or not processes:
+    found = _look(path)()
+    if probe or not found.processes:
         _status_of_a_new_process(path, as_json, found.skipped)
     elif as_json:
-        typer.echo(json.dumps(statuses.joined_json(processes, found.skipped), indent=2))
+        typer.echo(json.dumps(statuses.joined_json(found.processes, found.skipped), indent=2))
     else:
-        screen.show(segments.join(processes), every, Console())
+        screen.show(segments.join(found.processes), every, Console())
         _say(found.skipped)
 
 
@@ -65,3 +83,97 @@ def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[str, ...])
     else:
         statuses.show(groups, Console())
         _say(skipped)
+
+
+@app.command()
+def watch(
+    every_s: Annotated[
+        float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between looks.")
+    ] = 1.0,
+    path: ConfigPath = "",
+) -> None:
+    """Show live what running processes show: q quits, s sorts, f filters."""
+    from pkcs11_ha.cli import watch as watching
+
+    console = Console()
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or console.is_dumb_terminal:
+        raise fail("watch needs a terminal: p11ha status shows the same once")
+    with suppress(KeyboardInterrupt):
+        watching.watch(_look(path), every_s, console)
+
+
+@app.command()
+def metrics(
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="[ADDRESS:]PORT", help="Serve them there, on /metrics.")
+    ] = "",
+    public: Annotated[bool, typer.Option("--public", help="Let --listen be reached by other hosts.")] = False,
+    path: ConfigPath = "",
+) -> None:
+    """Print what running processes show as OpenMetrics, or serve it to Prometheus."""
+    from pkcs11_ha.cli import metrics as measured
+
+    if not listen:
+        typer.echo(measured.text(_look(path)), nl=False)
+        return
+    try:
+        host, port = measured.address(listen, public)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--listen") from None
+    try:
+        measured.serve(
+            _look(path), host, port, lambda bound: typer.echo(f"serving on {host} port {bound}", err=True)
+        )
+    except OSError as error:
+        raise fail(f"{listen}: {error.strerror}") from None
+
+
+@app.command()
+def events(
+    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="Only of this group.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
+    member: Annotated[str, typer.Option("--member", metavar="NAME", help="Only of this member.")] = "",
+    event: Annotated[
+        str, typer.Option("--event", metavar="NAME", help="Only this one; member.* for all such.")
+    ] = "",
+    since: Annotated[
+        str, typer.Option("--since", metavar="WHEN", help="From 10m, 2h, 3d ago, or a time in UTC.")
+    ] = "",
+    path: ConfigPath = "",
+    as_json: Json = False,
+) -> None:
+    """Show the HA log, rotated files too: one line per event, or with --json one object."""
+    from pkcs11_ha.cli import events as logged
+
+    if event and not any(fnmatchcase(name, event) for name in EVENTS):
+        like = get_close_matches(event, EVENTS, 3, 0.4) or ["member.lost"]
+        raise typer.BadParameter(
+            f"there is no event {event!r}: type {' or '.join(like)}", param_hint="--event"
+        )
+    try:
+        begin = logged.since(since, datetime.now(UTC)) if since else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--since") from None
+    log = _log_file(path or config.find_path(os.environ))
+    wanted = logged.Wanted(group, member, event, begin)
+    try:
+        for entry in logged.follow(log, wanted) if follow else logged.read(log, wanted):
+            typer.echo(json.dumps(entry.as_json()) if as_json else entry.text())
+    except OSError as error:
+        raise fail(f"{log}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        return
+
+
+def _log_file(configuration: str) -> Path:
+    """Where a configuration has its log, though it may be wrong otherwise."""
+    if not Path(configuration).is_file():
+        raise fail(f"{configuration}: there is no such file")
+    target = parse_target(config.log_of(configuration))
+    if target == "syslog":
+        raise fail(f"the HA log goes to syslog: journalctl -t {IDENT}, or grep {IDENT} in the system's log")
+    if target in ("stderr", "off"):
+        raise fail(
+            f'the HA log is kept nowhere (log = "{target}"): set log = "file:/PATH" in {configuration}'
+        )
+    return Path(target)

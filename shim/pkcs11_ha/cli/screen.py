@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +17,7 @@ FEW = 8
 """Processes of a member that are shown one by one, unless all are asked for."""
 
 _NAME = 22
+_DETAIL = 72
 _HEADS = (
     ("state", 10),
     ("for", 7),
@@ -114,7 +116,7 @@ def _view_lines(view: View, look: Look) -> list[Text]:
     age = duration(look.now_ns - view.member.since_monotonic_ns)
     shown = [_row(name, view.member.state, age, view.counters, _rate([view], look))]
     if what := detail(view, look.now_ns):
-        shown.append(Text(f"      {what}", style="dim"))
+        shown += [Text(f"      {line}", style="dim") for line in wrap(what, _DETAIL)]
     return shown
 
 

@@ -126,7 +126,8 @@ def parse(data: bytes, name: str = "") -> Process:
     if header["version"] != layout.VERSION:
         raise Damaged(f"of format {header['version']}, this p11ha reads format {layout.VERSION}")
     if header["size"] != len(data):
-        raise Damaged(f"truncated: {len(data)} of {header['size']} bytes")
+        short = len(data) < header["size"]
+        raise Damaged(f"{'truncated' if short else 'damaged'}: {len(data)} of {header['size']} bytes")
     records_end = header["records_at"] + header["records"] * header["record_size"]
     text_end = header["text_at"] + header["text_size"]
     if (
@@ -254,8 +255,6 @@ def _read(folder: int, name: str) -> Process | None:
         return None
     except OSError as error:
         raise Damaged(error.strerror or "cannot be read") from None
-    except struct.error:
-        raise Damaged("damaged: its header makes no sense") from None
     if (process.pid, process.started) != (int(match[1]), int(match[2])):
         raise Damaged(f"says that it is of process {process.pid}")
     here = process.namespace == pid_namespace()
