@@ -169,7 +169,7 @@ def _log_file(configuration: str) -> Path:
     """Where a configuration has its log, though it may be wrong otherwise."""
     if not Path(configuration).is_file():
         raise fail(f"{configuration}: there is no such file")
-    target = parse_target(config.log_of(configuration))
+    target = parse_target(config.log_of(configuration)[0])
     if target == "syslog":
         raise fail(f"the HA log goes to syslog: journalctl -t {IDENT}, or grep {IDENT} in the system's log")
     if target in ("stderr", "off"):

@@ -53,7 +53,9 @@ class Core:
         self.libraries = Libraries(self.may_use_threads, settings.recovery.connect_timeout_s)
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
-        self.segment = self._open_segment(state_dir, len(configs) + _MAY_JOIN)  # before the members, who count in it
+        self.segment = self._open_segment(
+            state_dir, len(configs) + _MAY_JOIN
+        )  # before the members, who count in it
         self.members = {c.name: Member(c, clock()) for c in configs}
         self.former: dict[str, Member] = {}  # those that have left, or are about to
         self.leaving: list[threading.Thread] = []
