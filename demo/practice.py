@@ -72,7 +72,7 @@ def main() -> None:
         prepare(directory)
     except (MemberError, FileExistsError) as error:
         sys.exit(str(error))
-    print(f"three HSMs: . {directory}/env.sh")  # noqa: T201
+    print(f"three HSMs: . {directory}/env.sh")
 
 
 if __name__ == "__main__":

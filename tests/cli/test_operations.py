@@ -21,7 +21,7 @@ from demo.practice import prepare
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "operations.md"
-THERE = "/tmp/practice"  # noqa: S108 (what the page says; the test has its own)
+THERE = "/tmp/practice"
 PATIENCE_S = 40.0
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[()][A-Z0-9]|[=>78])")
 
@@ -60,7 +60,7 @@ class Terminal:
         if self.child == 0:
             os.chdir(ROOT)
             settings = {"PS1": "prompt> ", "TERM": "xterm"}
-            os.execvpe("bash", ["bash", "--norc", "-i"], os.environ | settings)  # noqa: S606, S607
+            os.execvpe("bash", ["bash", "--norc", "-i"], os.environ | settings)
         fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.expect("prompt>")
 
