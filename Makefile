@@ -18,7 +18,7 @@ C_FILES = $(wildcard shim/csrc/*.[ch] shim/worker/*.[ch] include/*.h demo/*.[ch]
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-demo build test demo bench lint format asan tsan valgrind leaks fuzz chaos install clean
+.PHONY: help setup setup-demo build test demo bench lint format asan tsan valgrind leaks fuzz chaos pictures install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +84,9 @@ fuzz: setup ## libFuzzer on the boundary and the worker protocol; FUZZ_SECONDS=6
 chaos: setup build ## a million operations while members die, and 2,000 histories of writes; CHAOS=100 CHAOS_OPERATIONS=10000 for fewer
 	$(BIN)/python -m tests.soak --operations $(CHAOS_OPERATIONS) --seconds 1800 $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) --keep build/soak
 	P11HA_CHAOS=$(CHAOS) $(BIN)/pytest -s tests/chaos
+
+pictures: setup build ## screens of the command, of real runs, into docs/pictures
+	$(BIN)/python -m demo.pictures
 
 install: ## what was built into PREFIX (/usr/local), below DESTDIR if given
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' scripts/install

@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,11 @@ def east(soft_token: SoftTokenFactory) -> SoftToken:
 
 def complete(shell: str, *words: str) -> list[str]:
     """What the shell offers for the last of the words."""
-    environ = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": "/nonexistent"}
+    with tempfile.TemporaryDirectory() as home:  # fish writes to it
+        return _complete(shell, words, os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": home})
+
+
+def _complete(shell: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     typed = " ".join(("p11ha", *words))
     if shell == "bash":
         quoted = " ".join(f"'{word}'" for word in ("p11ha", *words))
