@@ -31,7 +31,7 @@ def test_every_return_value_of_the_header_is_explained() -> None:
 
 
 def test_every_event_has_a_cause_and_a_cure() -> None:
-    assert set(EVENTS) <= set(MESSAGES)
+    assert set(EVENTS) == set(MESSAGES)
     assert all(text.endswith(".") for name in EVENTS for text in MESSAGES[name])
 
 

@@ -21,6 +21,7 @@ from pkcs11_ha.config import Config, ConfigError
 from pkcs11_ha.log import parse_target
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
+from pkcs11_ha.spec import segment
 
 MODULE = "libpkcs11-ha.so"
 WORKER = "pkcs11-ha-worker"
@@ -32,7 +33,7 @@ _LIBPYTHON = re.compile(rb"libpython([0-9]+\.[0-9]+)\.so")
 _STDLIB = re.compile(rb"(/[^\0]+)/encodings/__init__\.py\0")
 _WORKER = re.compile(rb"\0(/[^\0]*/pkcs11-ha-worker)\0")
 # A status segment: the process and its start (field 22 of /proc/PID/stat).
-_SEGMENT = re.compile(r"([1-9][0-9]*)-([0-9]+)(?:-[0-9]+)?\.segment")
+_SEGMENT = re.compile(segment.NAME)
 
 
 @dataclass(frozen=True)
