@@ -295,7 +295,7 @@ def test_a_text_is_never_read_by_halves(east: SoftToken, start: StartFactory) ->
     writer.start()
     seen = set()
     try:
-        for _ in range(2000):
+        for _ in range(500):
             read = the_one(made).text
             assert read is not None
             (found,) = read.groups[0].members

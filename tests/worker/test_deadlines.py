@@ -63,7 +63,7 @@ def test_call_is_done_elsewhere_in_time(stoppable: Stoppable, start: StartFactor
     began = time.monotonic()
     operations.sign_ecdsa(use)
     assert time.monotonic() - began < LIMIT_S + 1
-    assert app.served(use.session) == "west"
+    assert app.served(use.session) == "west", app.group.log.read_text()
     assert len(app.events("member.lost", "east")) == 1
     stoppable.cont()
     working_until(lambda: operations.sign_ecdsa(use), lambda: app.away() == set(), "it is back")

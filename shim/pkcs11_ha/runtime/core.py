@@ -93,7 +93,7 @@ class Core:
 
     def _tell(self) -> None:
         """Brings the status segment up to date; under the lock, or while nobody else is there yet."""
-        if self.segment is not None:
+        if self.segment is not None and self.slots:
             self.segment.tell(report.report(self.settings, self.rule, self.slots.values()))
 
     def tell(self) -> None:
@@ -565,8 +565,11 @@ class Core:
                 native.lib.ha_member_free(member.native)
         if self.segment is not None:
             self.segment.close()
+            self.segment = None
         self.log(Event("core.stopped"))
         self.log_target.close()
+        if not stuck:
+            self.slots.clear()  # who know this core: with them it would stay until a garbage collection
 
     def _is_stuck(self, member: Member) -> bool:
         """Whether somebody is inside its library, or may yet go there, perhaps for ever."""

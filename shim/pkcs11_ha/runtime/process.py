@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+_STAT_BYTES = 4096
+
 
 def start_of(pid: int) -> int | None:
     """When a process was started, in ticks since the system was; None if there is none."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fields = os.read(file, _STAT_BYTES).rpartition(b")")[2].split()
+        finally:
+            os.close(file)
+    except OSError:  # also where it ended between the two
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def pid_namespace() -> int:
