@@ -25,8 +25,8 @@ _HEADS = (
     ("faults", 6),
     ("over", 5),
     ("now", 4),
-    ("p50", 6),
-    ("p99", 6),
+    ("p50", 5),
+    ("p99", 5),
 )
 _COLOURS = {"up": "green", "away": "red", "connecting": "yellow", "ejected": "yellow", "drained": "cyan"}
 
