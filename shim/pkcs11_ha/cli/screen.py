@@ -16,7 +16,7 @@ from pkcs11_ha.spec.functions import Deadline
 FEW = 8
 """Processes of a member that are shown one by one, unless all are asked for."""
 
-_NAME = 20
+_NAME = 22
 _DETAIL = 72
 _HEADS = (
     ("state", 10),

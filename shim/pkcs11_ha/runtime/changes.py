@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ class Changes:
 
     def __init__(self, core: Core, settings: Config, state_dir: str, read: Stamp | None) -> None:
         """`read` is the stamp of the configuration as it was read."""
-        self.core = core
+        self.core = weakref.proxy(core)  # else the two would stay until a garbage collection
         self.wanted = settings  # what is to be; a member that alone serves is waited for
         self.path = os.path.abspath(settings.path)
         self.requests = requests.directory(state_dir)
