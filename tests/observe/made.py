@@ -17,6 +17,7 @@ EAST = MemberText(
     serial="1111",
     standby=False,
     state="up",
+    up=True,
     since_ns=1_700_000_000_000_000_000,
     since_monotonic_ns=1_000_000_000,
     code="",
@@ -31,7 +32,13 @@ EAST = MemberText(
 )
 WEST = replace(EAST, name="west", serial="2222", record=1)
 AWAY = replace(
-    WEST, state="away", code="CKR_DEVICE_ERROR", call="C_Sign", why="C_Sign answered CKR_DEVICE_ERROR", owed=3
+    WEST,
+    state="away",
+    up=False,
+    code="CKR_DEVICE_ERROR",
+    call="C_Sign",
+    why="C_Sign answered CKR_DEVICE_ERROR",
+    owed=3,
 )
 PROD = GroupText("prod", "1599447001", 0, "least-busy", (EAST, WEST))
 APPLICATION = ProcessText("openssl", "1.0", "/etc/pkcs11-ha/pkcs11-ha.toml", 5, ("clean", "dead"), (PROD,))

@@ -23,7 +23,6 @@ SIZE_MAX = 4 << 20
 _TRIES, _STEP_S = 50, 0.002  # of reading a text while it is written
 _SEQUENCE_AT = next(at for each, at in layout.offsets(layout.HEADER) if each.name == "text_sequence")
 _LOAD_MASK = (1 << layout.LOAD_BITS) - 1
-_OK_STATES = ("up", "drained", "ejected")
 
 T = TypeVar("T")
 
@@ -301,7 +300,7 @@ class View:
     @property
     def status(self) -> str:
         """Name of the code that CA_GetHAState would give there."""
-        if self.member.state in _OK_STATES:
+        if self.member.up:
             return ck.rv_name(ck.CKR_OK)
         known = self.member.loss_was_read or self.member.failed
         return ck.rv_name(ck.CKR_TOKEN_NOT_PRESENT if known else ck.CKR_DEVICE_ERROR)

@@ -37,6 +37,7 @@ def _member(slot: VirtualSlot, member: Member, rule: Rule) -> MemberText:
         serial=member.serial,
         standby=slot.is_standby(slot.index(member)),
         state=_state(slot, member),
+        up=up,
         since_ns=0,
         since_monotonic_ns=0,
         code=member.fault[0],

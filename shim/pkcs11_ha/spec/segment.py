@@ -148,6 +148,9 @@ class MemberText:
     state: str = _said(
         f"{', '.join(MEMBER_STATES[:-1])} or {MEMBER_STATES[-1]}; connecting: an attempt to recover it is under way"
     )
+    up: bool = _said(
+        "whether it is connected and its objects matched: it is while up or ejected, may be while drained"
+    )
     since_ns: int = _said("when it came to be so, in ns since 1970; connecting: when it was lost")
     since_monotonic_ns: int = _said("the same by CLOCK_MONOTONIC")
     code: str = _said("the last code for which it was lost or not recovered, empty if there was none")
