@@ -19,12 +19,12 @@ _FAULTS = tuple(code.value for code in Code)
 
 def report(settings: Config, rule: Rule, slots: Iterable[VirtualSlot]) -> ProcessText:
     """Of all groups; since when a member is as it is, the segment knows."""
-    groups = tuple(_group(slot, rule) for slot in slots if slot.is_group)
+    groups = tuple([_group(slot, rule) for slot in slots if slot.is_group])
     return ProcessText(program(), __version__, settings.path, rule.attempts, _FAULTS, groups)
 
 
 def _group(slot: VirtualSlot, rule: Rule) -> GroupText:
-    members = tuple(_member(slot, member, rule) for member in slot.members)
+    members = tuple([_member(slot, member, rule) for member in slot.members])
     balance = slot.group.balance if slot.group is not None else ""
     return GroupText(slot.face.label, slot.face.serial, slot.id, balance, members)
 

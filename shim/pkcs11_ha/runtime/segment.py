@@ -1,6 +1,7 @@
 """This process's status segment: its file from C_Initialize to C_Finalize, and the text in it.
 
-Without a file everything works alike, and nobody sees it from outside.
+Without a file everything works alike, and nobody sees it from outside.  This is done at each change of a member, for
+years: no tuple is made of a generator here, as Python would keep some of each size (its free lists) for ever.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import stat
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.process import is_alive, pid_namespace, start_of
@@ -56,7 +57,7 @@ class Segment:
         """Writes the text if it has changed; the moments since when are filled in here."""
         process = self._dated(process)
         for most in (_WHY, 0):
-            text = json.dumps(asdict(_cut(process, most)), separators=(",", ":")).encode()
+            text = json.dumps(_plain(process, most), separators=(",", ":")).encode()
             if text == self._text:
                 return
             if native.lib.ha_segment_tell(text, len(text)):
@@ -72,7 +73,7 @@ class Segment:
                 self._since[(group.label, member.name)] = known
             return replace(member, since_ns=known[1], since_monotonic_ns=known[2])
 
-        groups = [replace(g, members=tuple(dated(g, m) for m in g.members)) for g in process.groups]
+        groups = [replace(g, members=tuple([dated(g, m) for m in g.members])) for g in process.groups]
         return replace(process, groups=tuple(groups))
 
     def close(self) -> None:
@@ -82,12 +83,13 @@ class Segment:
             os.unlink(self._path)
 
 
-def _cut(process: ProcessText, most: int) -> ProcessText:
-    def cut(member: MemberText) -> MemberText:
-        return replace(member, why=member.why[:most])
-
-    groups = [replace(g, members=tuple(map(cut, g.members))) for g in process.groups]
-    return replace(process, groups=tuple(groups))
+def _plain(process: ProcessText, most: int) -> dict[str, object]:
+    """As JSON has it, with so much of the reasons."""
+    groups = [
+        {**vars(group), "members": [{**vars(m), "why": m.why[:most]} for m in group.members]}
+        for group in process.groups
+    ]
+    return {**vars(process), "groups": groups}
 
 
 def _mode(status: os.stat_result) -> int:
