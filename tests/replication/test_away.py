@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from demo.members import SoftToken
+from pkcs11_ha.cli.segments import read_all
 from tests import p11
 from tests.ha import keys as software
 from tests.ha.app import bare, code, working_until
@@ -576,3 +577,23 @@ def _is_refused(app: Domain, name: str, why: str, *, at_return: bool) -> None:
     assert app.away() == {name}
     session.destroy(session.create(NOTE | {p11.CKA_LABEL: "goes on"}))
     assert app.away() == {name}
+
+
+@pytest.mark.parametrize("away", domain.NAMES)
+def test_what_a_member_is_owed_is_shown(app: Domain, away: str) -> None:
+    session = app.login(PIN)
+
+    def owed() -> dict[str, int | None]:
+        (process,) = read_all(str(app.group.state)).processes
+        assert process.text
+        return {member.name: member.owed for member in process.text.groups[0].members}
+
+    assert owed() == dict.fromkeys(domain.NAMES, 0)
+    with app.without(away):
+        (first,) = created(NOTE)(session, "first")
+        created(NOTE)(session, "second")
+        assert owed() == dict.fromkeys(domain.NAMES, 0) | {away: 2}
+        session.destroy(first)
+        assert owed() == dict.fromkeys(domain.NAMES, 0) | {away: 2}  # it may have come to have it
+    session.find({})
+    assert owed() == dict.fromkeys(domain.NAMES, 0)
