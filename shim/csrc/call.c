@@ -294,15 +294,19 @@ void ha_call_answer(ha_call *call, CK_RV rv)
     ha_call_done(call, rv);
 }
 
-/* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init.  Not
- * where objects would go with its session: they would be lost for an answer that may be the request's own fault. */
+/* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init.  The
+ * objects of the session stay, as the answer may be the request's own fault; with them the operation is left where it
+ * is if the call goes elsewhere, for who is suspected of hanging is not asked for more. */
 static RARE void forget_half_taken(ha_call *call)
 {
     ha_session *session = call->session;
-    bool there = session->active && session->member == call->member && session->at[call->member].epoch == call->epoch;
-    if (there && !(session->owns >> call->member & 1) && ha_rows[call->row].phase > HA_PHASE_INIT &&
-        ha_session_may_move(session))
-        ha_session_drop(session, call->member);
+    int m = call->member;
+    bool there = session->active && session->member == m && session->at[m].epoch == call->epoch;
+    if (!there || ha_rows[call->row].phase <= HA_PHASE_INIT || !ha_session_may_move(session)) return;
+    if (!(session->owns >> m & 1))
+        ha_session_drop(session, m);
+    else if (!(call->tried >> m & 1))
+        ha_session_renew(session, m);
 }
 
 /* Judges an answer that is not simply CKR_OK. */

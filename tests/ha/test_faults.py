@@ -656,6 +656,23 @@ def test_part_that_a_member_took_and_then_complained_about_counts_once(two: Two,
     assert two.session.output("C_SignFinal") == right
 
 
+def test_part_that_is_given_to_the_same_member_again_counts_once_beside_a_key_of_the_session(
+    two: Two,
+) -> None:
+    """It took the part, and then said that it knew of no login: its session is not closed for that, for the key."""
+    secret = two.session.generate_key(
+        p11.CKM_GENERIC_SECRET_KEY_GEN,
+        {p11.CKA_TOKEN: False, p11.CKA_SIGN: True, p11.CKA_VALUE_LEN: 32, p11.CKA_LABEL: "of the session"},
+    )
+    right = two.session.sign(p11.CKM_SHA256_HMAC, secret, DIGEST)
+    token = two.east if two.app.served(two.session) == "east" else two.west
+    two.session.init("C_SignInit", p11.CKM_SHA256_HMAC, secret)
+    token["C_SignUpdate"].answers(p11.CKR_USER_NOT_LOGGED_IN, times=1, late=True)
+    two.session.feed("C_SignUpdate", DIGEST)
+    assert two.session.output("C_SignFinal") == right
+    assert two.session.sign(p11.CKM_SHA256_HMAC, secret, DIGEST) == right
+
+
 def test_input_that_the_failed_member_wrote_over_is_given_to_the_next_as_it_was(two: Two) -> None:
     """Applications sign and encrypt in place."""
     right = two.sign()

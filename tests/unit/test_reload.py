@@ -33,6 +33,13 @@ def test_nothing_changes_where_nothing_is_said() -> None:
     assert plan(one, made("prod: east west", head="# a remark")) == Plan(one)
 
 
+def test_who_stays_as_all_others_are_bound_is_still_described() -> None:
+    """They belong to a group that is only removed at the next start; so the group keeps whom it had."""
+    found = changed(made("prod: east", "test: west"), made("prod: west", names=("west",)))
+    assert [group.members for group in found.settings.groups] == [("east",), ("west",)]
+    assert {member.name for member in found.settings.members} == {"east", "west"}
+
+
 def test_members_come_go_and_change_places() -> None:
     found = changed(made("prod: east west"), made('prod: north west / ; serial = "7"'))
     assert found.done == ("group prod: north joins", "group prod: east leaves")

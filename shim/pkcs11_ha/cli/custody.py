@@ -16,12 +16,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 KEY_BYTES = 32
 MAX_SHARES = 16  # SLIP-39 has four bits for a share's index
 
 _LINE_LIMIT = 1 << 20  # bytes of one answer; 32 members with keys of 4096 bits take 33 000
+_NEEDED = ("pkcs11_ha", "shamir_mnemonic")  # by the custodian: ours, and what lies beside its other needs
 _FAREWELL_S = 2.0  # the custodian clears the screen when it is terminated
 
 
@@ -176,8 +179,10 @@ def _environment() -> dict[str, str]:
 
 
 def _start(request: int, answer: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-E", "-P", "-m", "pkcs11_ha.cli.custodian"]
-    command += ["--request", str(request), "--answer", str(answer)]
+    # An installed command has told its own interpreter alone where these are; nothing else of our path is passed on.
+    places = [str(Path(spec.origin).parents[1]) for spec in map(find_spec, _NEEDED) if spec and spec.origin]
+    start = f"import sys; sys.path[:0] = {places!r}; from pkcs11_ha.cli import custodian; sys.exit(custodian.main())"
+    command = [sys.executable, "-E", "-P", "-c", start, "--request", str(request), "--answer", str(answer)]
     sys.stdout.flush()  # what was said before comes before the words
     try:
         return subprocess.Popen(command, pass_fds=(request, answer), env=_environment())

@@ -13,14 +13,12 @@ import typer
 
 from pkcs11_ha import config
 from pkcs11_ha.cli import module
+from pkcs11_ha.cli.segments import read_all
 from pkcs11_ha.config import Config, GroupConfig
 from pkcs11_ha.core.reload import names_of
 from pkcs11_ha.runtime import requests
 
 T = TypeVar("T")
-
-users_of: Callable[[str, str], int | None] = lambda _state_dir, _group: None  # noqa: E731
-"""How many running processes use a group of a state directory; None where nobody can say."""
 
 _Config = Annotated[
     str,
@@ -48,12 +46,16 @@ def recover(
     state_dir, where = config.state_dir(os.environ), _directory()
     asked = _written(where, lambda: requests.ask_to_recover(where, group, member))
     drained = requests.read(where).drained & {member or name for name in names_of(found)}
-    users = users_of(state_dir, group)
+    users = sum(any(g.label == group for g in p.text.groups) for p in read_all(state_dir).processes if p.text)
     if as_json:
         _print({"group": group, "member": member, "serial": asked.serial, "processes": users})
         return
-    who = "the applications" if users is None else f"{users} process{'' if users == 1 else 'es'}"
-    typer.echo(f"{group}: {who} of {state_dir} will try {member or 'lost members'} at the next call")
+    who = (
+        f"{users} process{'' if users == 1 else 'es'}"
+        if users
+        else f"whoever uses it, unseen in {state_dir},"
+    )
+    typer.echo(f"{group}: {who} will try {member or 'lost members'} at the next call")
     for name in sorted(drained):
         typer.echo(f"{name} is drained and not tried: p11ha enable {name}")
     typer.echo("A member that refused its PIN is not tried: correct the PIN, then restart the application.")

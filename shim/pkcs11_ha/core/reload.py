@@ -129,7 +129,9 @@ def _members(
         changed = _changed(before[name], after[name])
         if changed:
             done.append(f"member {name}: connected anew for its {', '.join(changed)}")
-    result: Mapping[str, MemberConfig] = after | {n: before[n] for n in held if n in before}
+    # Also of those whom a group keeps, as all who are to take their place are still bound.
+    kept = held | {name for name in _used(groups) if name not in after}
+    result: Mapping[str, MemberConfig] = after | {n: before[n] for n in kept if n in before}
     return tuple(result.values())
 
 

@@ -263,7 +263,7 @@ class Then:
             )
         )
         if copies or rv != ck.CKR_OK:
-            member.call("C_DestroyObject", first.session, first.made)
+            member.call_in(first.epoch, "C_DestroyObject", first.session, first.made)
         carried.made = int(made[0])
         return carried if rv == ck.CKR_OK else None
 
@@ -411,7 +411,7 @@ def _as_wished(
         if copying is None:
             raise CkError(ck.CKR_TEMPLATE_INCONSISTENT, "the key cannot be had as wished", member)
     finally:
-        member.call("C_DestroyObject", carried.session, first)
+        member.call_in(carried.epoch, "C_DestroyObject", carried.session, first)
     return adopted(slot, session, copying, [copying.made], again)[0]
 
 

@@ -570,8 +570,6 @@ class Core:
         self.log_target.close()
         if not stuck:
             self.slots.clear()  # who know this core: with them it would stay until a garbage collection
-        if not stuck:
-            self.slots.clear()  # who know this core: with them it would stay until a garbage collection
 
     def _is_stuck(self, member: Member) -> bool:
         """Whether somebody is inside its library, or may yet go there, perhaps for ever."""

@@ -102,8 +102,8 @@ def keeps_lengths(member: Member, key: DomainKey) -> bool:
     }
     spelling = mechanism(key.spellings[wrapping.KWP])
     made: list[int] = []
-    try:
-        with on(member):
+    with on(member):
+        try:
             made.append(create(member, {**template, ck.CKA_VALUE: value}))
             made.append(
                 unwrap(member, spelling, key.handle, wrap(member, spelling, key.handle, made[0]), template)
@@ -111,11 +111,11 @@ def keeps_lengths(member: Member, key: DomainKey) -> bool:
             return (
                 attributes.read(member, member.session, made[1], (ck.CKA_VALUE,)).get(ck.CKA_VALUE) == value
             )
-    except Refused:
-        return False
-    finally:
-        for handle in made:
-            member.call("C_DestroyObject", member.session, handle)
+        except Refused:
+            return False
+        finally:
+            for handle in made:
+                member.call("C_DestroyObject", member.session, handle)
 
 
 # ---- bringing it in ----

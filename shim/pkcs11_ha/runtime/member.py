@@ -6,6 +6,7 @@ import enum
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,15 @@ class TokenFacts:
     firmware: tuple[int, int]
 
 
-_lives = threading.local()
+class _Lives(threading.local):
+    """In which epochs a thread's calls may reach members, by name."""
+
+    def __init__(self) -> None:
+        self.known: Mapping[str, int] = {}  # those of which it knows something (`keep_to`)
+        self.held: dict[str, int] = {}  # those in which it is at work (`Member.one_life`)
+
+
+_lives = _Lives()
 
 
 def keep_to(epochs: Mapping[str, int] | None) -> None:
@@ -61,10 +70,7 @@ def keep_to(epochs: Mapping[str, int] | None) -> None:
 
     What it knows of them, handles above all, would mean something else there.  None: whichever is the present one.
     """
-    if epochs is None:
-        _lives.__dict__.clear()
-    else:
-        _lives.epochs = epochs
+    _lives.known = {} if epochs is None else epochs
 
 
 class Member:
@@ -126,11 +132,15 @@ class Member:
     def call(self, name: str, *arguments: Any) -> int:
         """Calls one function of the library; CKR_DEVICE_REMOVED if the member is being replaced, or its life is not
         that which this thread keeps to."""
+        known = _lives.known.get(self.name, self.epoch) if _lives.known else self.epoch
+        return self.call_in(_lives.held.get(self.name, known), name, *arguments)
+
+    def call_in(self, epoch: int, name: str, *arguments: Any) -> int:
+        """As `call`, for handles of that epoch: in another they would mean something else."""
         function = native.lib.ha_member_pointer(self.native, INDEX[name])
         if not function:
             return ck.CKR_FUNCTION_NOT_SUPPORTED
         guard = native.ffi.new("ha_call *")
-        epoch = _lives.epochs.get(self.name, self.epoch) if hasattr(_lives, "epochs") else self.epoch
         if not native.lib.ha_member_enter(self.native, epoch, guard):
             return ck.CKR_DEVICE_REMOVED
         if self.replacer not in (None, threading.get_ident()):
@@ -140,6 +150,18 @@ class Member:
             return int(native.ffi.cast(f"CK_{name}", function)(*arguments))
         finally:
             native.lib.ha_member_leave(self.native, guard)
+
+    @contextmanager
+    def one_life(self) -> Iterator[None]:
+        """What this thread does there now, it does in one epoch."""
+        if self.name in _lives.held:
+            yield
+            return
+        _lives.held[self.name] = _lives.known.get(self.name, self.epoch)
+        try:
+            yield
+        finally:
+            del _lives.held[self.name]
 
     def code(self, rv: int) -> codes.Code:
         """The class of one of its answers."""

@@ -133,8 +133,8 @@ class Placing:
     def discard(self, seed: Seed) -> None:
         """The seed has served; what a dead member keeps of it dies with its sessions."""
         for handle in seed.handles:
-            if handle and seed.is_there:
-                seed.member.call("C_DestroyObject", seed.member.session, handle)
+            if handle:
+                seed.member.call_in(seed.epoch, "C_DestroyObject", seed.member.session, handle)
 
     def _parts_of(self, seed: Seed, wishes: Sequence[Template]) -> list[Part] | None:
         """None if a key among it cannot be wrapped: it is to stay where it is."""

@@ -44,7 +44,7 @@ class Refused(Exception):
 @contextmanager
 def on(member: Member) -> Iterator[None]:
     """The service session, held over some calls; what fails in them is MemberFault or Refused."""
-    with member.service:
+    with member.service, member.one_life():
         try:
             yield
         except CkError as error:
