@@ -110,7 +110,7 @@ struct ha_session {
     ha_slot *slot;
     CK_FLAGS flags;
     uint32_t active;     /* operations under way, HA_OP_* */
-    uint32_t in_message; /* those of them that are inside a message of several parts */
+    uint32_t in_message; /* those of them that are inside a message which cannot be repeated */
     int member;          /* that they run on, -1: none yet */
     int last_member;     /* that served last */
     uint32_t turn;       /* of its choices among members that are equally busy */
@@ -365,9 +365,18 @@ uint32_t ha_without_operation_keys(const ha_session *session, uint32_t candidate
 void ha_repeat_operations(ha_call *call);
 void ha_call_copy_input(ha_call *call, CK_BYTE_PTR *in, CK_ULONG size);
 void ha_call_wipe_input(ha_call *call);
+/* A part of an operation; a message's may have a parameter. */
+struct ha_part {
+    void *parameter;
+    CK_ULONG parameter_size;
+    const unsigned char *in;
+    CK_ULONG in_size;
+    unsigned char *out; /* for `out_size` bytes, which becomes how many there are */
+    CK_ULONG out_size;
+};
 /* Generated: the Init of one operation, and a part that it has taken, on the call's member. */
 CK_RV ha_replay(ha_call *call, unsigned op, const unsigned char *in, CK_ULONG in_size);
-CK_RV ha_replay_part(ha_call *call, const unsigned char *in, CK_ULONG in_size, unsigned char *out, CK_ULONG *out_size);
+CK_RV ha_replay_part(ha_call *call, struct ha_part *part);
 
 /* Input that lies where the output goes is copied: who comes second must not be given what the first has made of it. */
 static inline void ha_call_keep_apart(ha_call *call, CK_BYTE_PTR *in, CK_ULONG size, const CK_BYTE *out, CK_ULONG room)
@@ -382,8 +391,13 @@ static inline CK_RV ha_bounded(CK_RV rv, const void *out, const CK_ULONG *length
     return __builtin_expect(rv == CKR_OK && out && *length > capacity, 0) ? CKR_DEVICE_ERROR : rv;
 }
 
-enum ha_message_part { HA_MESSAGE_WHOLE, HA_MESSAGE_BEGINS, HA_MESSAGE_GOES_ON, HA_MESSAGE_ENDS };
-void ha_message_taken(ha_call *call, enum ha_message_part part, const void *parameter, CK_ULONG size);
+enum ha_message_phase { HA_MESSAGE_WHOLE, HA_MESSAGE_BEGINS, HA_MESSAGE_GOES_ON, HA_MESSAGE_ENDS };
+void ha_message_taken(ha_call *call, enum ha_message_phase phase, const struct ha_part *part);
+
+/* ---- message.c ---- */
+bool ha_message_kept_size(CK_MECHANISM_TYPE mechanism, const struct ha_part *part, uint32_t *size);
+void ha_message_keep(CK_MECHANISM_TYPE mechanism, const struct ha_part *part, unsigned char *at);
+void ha_message_restore(CK_MECHANISM_TYPE mechanism, unsigned char *kept, struct ha_part *part);
 
 /* ---- remote.c: the parameter that comes next is of this call's message, and does not say itself what it is ---- */
 void ha_message_of(const ha_call *call);

@@ -15,16 +15,20 @@
 
 enum { JOURNAL_ROOM = 1 << 14, IDLE_JOURNALS = 64 };
 
-/* What follows it: the input, then the output, padded together. */
+/* What follows it: the parameter of a message, the input, the output, padded together. */
 struct entry {
-    uint32_t row;
-    uint32_t padding;
+    uint32_t row, parameter;
     size_t in, out;
 };
 
-static size_t entry_size(size_t in, size_t out)
+static size_t padded(size_t size)
 {
-    return (sizeof(struct entry) + in + out + 7) & ~(size_t)7;
+    return (size + 7) & ~(size_t)7;
+}
+
+static size_t entry_size(const struct entry *entry)
+{
+    return padded(sizeof *entry + entry->parameter + entry->in + entry->out);
 }
 
 /* ---- pages: kept, wiped, between operations ---- */
@@ -78,6 +82,24 @@ static bool reserve(struct ha_operation *operation, size_t more)
     return true;
 }
 
+/* Where what follows an entry is to be put; NULL: it is more than may be kept. */
+static unsigned char *add_entry(const ha_call *call, struct ha_operation *operation, const struct entry *entry)
+{
+    if (entry->in > call->slot->replay_limit - operation->taken || entry->out > HA_WIRE_MAX) return NULL;
+    if (!reserve(operation, entry_size(entry))) return NULL;
+    unsigned char *at = operation->journal + operation->journal_end;
+    memcpy(at, entry, sizeof *entry);
+    operation->journal_end += entry_size(entry);
+    operation->taken += entry->in;
+    return at + sizeof *entry;
+}
+
+static unsigned char *put(unsigned char *at, const void *bytes, size_t size)
+{
+    if (size) memcpy(at, bytes, size);
+    return at + size;
+}
+
 /* Adds a part that the operation `op` of the call's session has taken, as if by a call of `row`. */
 RARE void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, CK_ULONG in_size, const void *out,
                      CK_ULONG out_size)
@@ -85,32 +107,52 @@ RARE void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, C
     struct ha_operation *operation = &call->session->operation[op];
     if (!operation->kept) return;
     const struct entry entry = {.row = row, .in = in_size, .out = out_size};
-    if (in_size > call->slot->replay_limit - operation->taken || out_size > HA_WIRE_MAX ||
-        !reserve(operation, entry_size(in_size, out_size))) {
-        operation->kept = false; /* more than may be kept: from here on it cannot be repeated */
-        if (operation->journal) ha_journal_wipe(operation);
+    unsigned char *at = add_entry(call, operation, &entry);
+    if (at) {
+        put(put(at, in, in_size), out, out_size);
         return;
     }
-    unsigned char *at = operation->journal + operation->journal_end;
-    memcpy(at, &entry, sizeof entry);
-    if (in_size) memcpy(at + sizeof entry, in, in_size);
-    if (out_size) memcpy(at + sizeof entry + in_size, out, out_size);
-    operation->journal_end += entry_size(in_size, out_size);
-    operation->taken += in_size;
+    operation->kept = false; /* from here on it cannot be repeated */
+    if (operation->journal) ha_journal_wipe(operation);
 }
 
-/* What a message does to its operation: between messages it can be repeated, as long as no member counts IVs. */
-void ha_message_taken(ha_call *call, enum ha_message_part part, const void *parameter, CK_ULONG size)
+/* ---- messages: the journal of their operation has the one under way, between messages nothing ---- */
+
+static bool keep_part(ha_call *call, struct ha_operation *operation, const struct ha_part *part)
+{
+    const CK_MECHANISM_TYPE mechanism = operation->mechanism.mechanism;
+    uint32_t parameter;
+    if (!ha_message_kept_size(mechanism, part, &parameter)) return false;
+    const struct entry entry = {call->row, parameter, part->in_size, part->out_size};
+    unsigned char *at = add_entry(call, operation, &entry);
+    if (!at) return false;
+    if (parameter) ha_message_keep(mechanism, part, at);
+    put(put(at + parameter, part->in, part->in_size), part->out, part->out_size);
+    return true;
+}
+
+/* What a call does to the message of its operation. A member that counts IVs cannot be followed by another. */
+void ha_message_taken(ha_call *call, enum ha_message_phase phase, const struct ha_part *part)
 {
     const uint32_t ops = ha_rows[call->row].ops;
     ha_session *session = call->session;
     struct ha_operation *operation = &session->operation[__builtin_ctz(ops)];
-    if (call->query || call->rv == CKR_BUFFER_TOO_SMALL) return;
+    if (!(session->active & ops) || call->query || call->rv == CKR_BUFFER_TOO_SMALL) return;
     if (ops == ha_rows[FN_C_MessageEncryptInit].ops &&
-        !ha_message_repeatable(operation->mechanism.mechanism, parameter, size))
+        !ha_message_repeatable(operation->mechanism.mechanism, part->parameter, part->parameter_size))
         operation->kept = false;
-    if (part == HA_MESSAGE_BEGINS) session->in_message |= ops;
-    if (part == HA_MESSAGE_ENDS && call->rv == CKR_OK) session->in_message &= ~ops;
+    /* A last part ends its message, right or wrong; a whole one or a first part that is refused has not begun any. */
+    if (call->rv != CKR_OK && (phase == HA_MESSAGE_WHOLE || phase == HA_MESSAGE_BEGINS)) return;
+    if (phase == HA_MESSAGE_GOES_ON) {
+        if (session->in_message & ops) return; /* it is not known whole */
+    } else {
+        session->in_message &= ~ops;
+        if (operation->journal) ha_journal_wipe(operation);
+        if (phase != HA_MESSAGE_BEGINS) return;
+    }
+    if (operation->kept && call->rv == CKR_OK && keep_part(call, operation, part)) return;
+    session->in_message |= ops;
+    if (operation->journal) ha_journal_wipe(operation);
 }
 
 /* The next entry from `at` on; NULL: none. */
@@ -119,7 +161,7 @@ static const unsigned char *next_entry(const struct ha_operation *operation, siz
     if (*at >= operation->journal_end) return NULL;
     const unsigned char *start = operation->journal + *at;
     memcpy(entry, start, sizeof *entry);
-    *at += entry_size(entry->in, entry->out);
+    *at += entry_size(entry);
     return start + sizeof *entry;
 }
 
@@ -131,12 +173,12 @@ static bool is_sound(struct ha_operation *operation, unsigned op)
         size_t left = operation->journal_end - at;
         if (left < sizeof entry) return false;
         memcpy(&entry, operation->journal + at, sizeof entry);
-        if (entry.row >= HA_FUNCTIONS || entry.in > left || entry.out > left) return false;
-        if (entry_size(entry.in, entry.out) > left) return false;
+        if (entry.row >= HA_FUNCTIONS || entry.parameter || entry.in > left || entry.out > left) return false;
+        if (entry_size(&entry) > left) return false;
         if (ha_rows[entry.row].ops != 1U << op || ha_rows[entry.row].phase != HA_PHASE_UPDATE) return false;
         if (entry.row == FN_C_DigestKey && entry.in != sizeof(CK_OBJECT_HANDLE)) return false;
         operation->taken += entry.in;
-        at += entry_size(entry.in, entry.out);
+        at += entry_size(&entry);
     }
     return true;
 }
@@ -314,17 +356,27 @@ static enum outcome repeat_part(ha_call *call, const struct entry *entry, const 
         enum outcome resolved = resolve(call, &part);
         if (resolved != DONE) return resolved;
     }
-    CK_ULONG room = (entry->out > entry->in ? entry->out : entry->in) + HA_CACHE_LINE, out_size;
+    const struct ha_operation *operation = &call->session->operation[__builtin_ctz(ha_rows[entry->row].ops)];
+    /* In the same pages, before the output: the parameter, which the member may write into. */
+    const size_t before = padded(entry->parameter);
+    size_t room = before + (entry->out > entry->in ? entry->out : entry->in) + HA_CACHE_LINE;
     if (room < JOURNAL_ROOM) room = JOURNAL_ROOM;
-    unsigned char *out = take_pages(out_size = room);
-    if (!out) return DIFFERENT;
+    unsigned char *pages = take_pages(room);
+    if (!pages) return DIFFERENT;
+    struct ha_part given = {.in = in + entry->parameter, .in_size = entry->in, .out = pages + before};
+    given.out_size = room - before;
+    put(pages, in, entry->parameter);
+    if (entry->parameter) ha_message_restore(operation->mechanism.mechanism, pages, &given);
+    if (ha_rows[entry->row].phase == HA_PHASE_MESSAGE) ha_message_of(&part);
     enum outcome outcome = LOOK_AGAIN;
     if (ha_enter(call->target, call->epoch, &part)) {
-        CK_RV rv = ha_replay_part(&part, in, entry->in, out, &out_size);
+        CK_RV rv = ha_replay_part(&part, &given);
         ha_leave(call->target, &part);
-        outcome = outcome_of(call, rv, out_size == entry->out && memcmp(out, in + entry->in, out_size) == 0);
+        const unsigned char *expected = in + entry->parameter + entry->in;
+        outcome = outcome_of(call, rv, given.out_size == entry->out && memcmp(given.out, expected, entry->out) == 0);
     }
-    give_pages(out, room, room);
+    if (ha_rows[call->row].phase == HA_PHASE_MESSAGE) ha_message_of(call);
+    give_pages(pages, room, room);
     return outcome;
 }
 

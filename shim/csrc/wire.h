@@ -57,7 +57,7 @@ CK_ULONG ha_iv_size(const struct ha_written *written, const void *parameter); /*
 
 /* What a parameter of a message (PKCS#11 3.0) points to; `bytes` is the length where no field has it. */
 struct ha_message_parameter {
-    size_t size;
+    size_t size, generator; /* where it says who makes its IV; 0: it does not */
     unsigned buffers;
     struct {
         size_t pointer, length;

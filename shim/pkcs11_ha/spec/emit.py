@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .functions import FUNCTIONS, Deadline, Effect, Function, Op, Phase, Role, Route, deadline_class
 from .mechanisms import (
@@ -213,7 +213,9 @@ def _keep_apart(row: Function, arguments: Sequence[Argument]) -> list[str]:
 def _journal(row: Function, arguments: Sequence[Argument]) -> list[str]:
     """What a part of an operation adds to what is known of it; of a dual function, to each of the two."""
     if row.phase is Phase.MESSAGE:
-        return [f"ha_message_taken(&call, {_message_part(row)}, {arguments[1].name}, {arguments[2].name});"]
+        return [
+            f"ha_message_taken(&call, {_message_phase(row)}, &(struct ha_part){{{_part(row, arguments)}}});"
+        ]
     keeps_input = row.phase is Phase.INIT and Role.IN in row.roles
     if not (row.ops and (row.phase is Phase.UPDATE or keeps_input)):
         return []
@@ -238,11 +240,29 @@ def _journal(row: Function, arguments: Sequence[Argument]) -> list[str]:
     return lines
 
 
-def _message_part(row: Function) -> str:
+def _part(row: Function, arguments: Sequence[Argument]) -> str:
+    """What a message's call was given and gave; of a whole message nothing is kept."""
+    fields = [f".parameter = {arguments[1].name}, .parameter_size = {arguments[2].name}"]
+    inputs, outputs = _named(row, arguments, Role.IN), _named(row, arguments, Role.OUT)
+    if not _is_piece(row):
+        inputs, outputs = [], []
+    if inputs:
+        fields.append(f".in = {inputs[0]}, .in_size = {_named(row, arguments, Role.IN_LEN)[0]}")
+    if outputs:
+        fields.append(f".out = {outputs[0]}, .out_size = *{_named(row, arguments, Role.OUT_LEN)[0]}")
+    return ", ".join(fields)
+
+
+def _is_piece(row: Function) -> bool:
+    """Of a message of several parts."""
+    return row.phase is Phase.MESSAGE and row.name.endswith(("Begin", "Next"))
+
+
+def _message_phase(row: Function) -> str:
+    if not _is_piece(row):
+        return "HA_MESSAGE_WHOLE"
     if row.name.endswith("Begin"):
         return "HA_MESSAGE_BEGINS"
-    if not row.name.endswith("Next"):
-        return "HA_MESSAGE_WHOLE"
     last = "flags & CKF_END_OF_MESSAGE" if Role.OUT in row.roles else "pSignature"
     return f"{last} ? HA_MESSAGE_ENDS : HA_MESSAGE_GOES_ON"
 
@@ -375,6 +395,31 @@ def _replayable(row: Function) -> bool:
     return row.phase is Phase.INIT and Role.MECHANISM in row.roles
 
 
+_PART = {
+    Role.SESSION: "call->member_session",
+    Role.OBJECT: "call->member_object[0]",
+    Role.PARAMETER: "part->parameter",
+    Role.IN: "(CK_BYTE_PTR)part->in",
+    Role.IN_LEN: "part->in_size",
+    Role.OUT: "part->out",
+    Role.OUT_LEN: "&part->out_size",
+    Role.POINTER: "NULL",
+}
+
+
+def _repeated(row: Function) -> Iterator[str]:
+    """The arguments of a part that is repeated; of a message, which is still under way, no last one's."""
+    before: set[Role] = set()
+    for role in row.roles:
+        if role is Role.VALUE:
+            yield "part->parameter_size" if role not in before else "0"
+        elif role in before:
+            yield "NULL" if role is Role.IN else "0"
+        else:
+            yield _PART[role]
+        before.add(role)
+
+
 def _replay() -> str:
     inits, parts = [], []
     for row in FUNCTIONS:
@@ -384,22 +429,15 @@ def _replay() -> str:
             taken = ", (CK_BYTE_PTR)in, in_size" if Role.IN in row.roles else ""
             passed = f"call->member_session, call->member_mechanism{key}{taken}"
             inits.append(f"    case {_number(row.ops)}: return {function}({passed});")
-        if row.phase is Phase.UPDATE and row.ops in OPERATIONS:
-            passed = "call->member_object[0]" if Role.OBJECT in row.roles else "(CK_BYTE_PTR)in, in_size"
-            if Role.OUT in row.roles:
-                parts.append(
-                    f"    case FN_{row.name}: return {function}(call->member_session, {passed}, out, out_size);"
-                )
-            else:
-                parts.append(
-                    f"    case FN_{row.name}: *out_size = 0; return {function}(call->member_session, {passed});"
-                )
+        if (row.phase is Phase.UPDATE and row.ops in OPERATIONS) or _is_piece(row):
+            no_output = "" if Role.OUT in row.roles else "part->out_size = 0; "
+            passed = ", ".join(_repeated(row))
+            parts.append(f"    case FN_{row.name}: {no_output}return {function}({passed});")
     return (
         "CK_RV ha_replay(ha_call *call, unsigned op, const unsigned char *in, CK_ULONG in_size)\n{\n"
         "    if (!call->target->functions[ha_init_rows[op]]) return CKR_FUNCTION_NOT_SUPPORTED;\n"
         "    switch (op) {\n" + "\n".join(inits) + "\n    default: return CKR_FUNCTION_FAILED;\n    }\n}\n\n"
-        "CK_RV ha_replay_part(ha_call *call, const unsigned char *in, CK_ULONG in_size, unsigned char *out,"
-        " CK_ULONG *out_size)\n{\n"
+        "CK_RV ha_replay_part(ha_call *call, struct ha_part *part)\n{\n"
         "    if (!call->target->functions[call->row]) return CKR_FUNCTION_NOT_SUPPORTED;\n"
         "    switch (call->row) {\n"
         + "\n".join(parts)

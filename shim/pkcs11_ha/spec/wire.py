@@ -346,8 +346,9 @@ def _message_parameters() -> str:
             )
             buffers.append(f"{{.pointer = offsetof({name}, {pointer}), {size}, .unit = HA_UNIT_{unit.name}}}")
         labels = "\n".join(f"    case {m}:" for m, structure in MESSAGES.items() if structure == name)
+        generator = f"offsetof({name}, {message.generator})" if message.generator else "0"
         cases.append(
-            f"{labels} {{\n        static const struct ha_message_parameter parameter = {{sizeof({name}),"
+            f"{labels} {{\n        static const struct ha_message_parameter parameter = {{sizeof({name}), {generator},"
             f" {len(buffers)}, {{{', '.join(buffers)}}}}};\n        return &parameter;\n    }}"
         )
     return (
