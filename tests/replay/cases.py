@@ -19,6 +19,7 @@ from tests.replay import scripts
 from tests.replay.scripts import Script, Use, Work
 
 SOFTHSM, NSS = "SoftHSM", "NSS softokn"
+PIECES = "a library of the tests that puts messages on SoftHSM"
 
 TEXT = sha256(b"what operations are about").digest() + b"is of 48 bytes.."
 HASH = sha256(TEXT).digest()
@@ -306,6 +307,12 @@ LOSSES: tuple[Loss, ...] = (
         "test_limits.test_input_up_to_the_limit",
     ),
     Loss(
+        "it is inside a message that took more than that",
+        "the same; the next message is kept again",
+        LOST,
+        "test_message_parts.test_too_much_of_one_message",
+    ),
+    Loss(
         "its output so far does not come out again",
         "the application has it already; wrong data would follow",
         LOST,
@@ -343,11 +350,33 @@ LOSSES: tuple[Loss, ...] = (
     ),
 )
 
-MESSAGES = (
-    "C_MessageEncryptInit, C_EncryptMessage, C_MessageEncryptFinal",
-    "C_MessageDecryptInit, C_DecryptMessage, C_MessageDecryptFinal",
+
+@dataclass(frozen=True)
+class Messages:
+    """A way of calling for operations by messages (PKCS#11 3.0)."""
+
+    functions: str
+    mechanisms: str
+    member: str
+
+
+def _messages(verb: str, mechanisms: str, whole: str) -> tuple[Messages, Messages]:
+    """Messages as a whole, on the member that is named, and in parts."""
+    init, final = f"C_Message{verb}Init", f"C_Message{verb}Final"
+    parts = f"{init}, C_{verb}MessageBegin, C_{verb}MessageNext, {final}"
+    return Messages(f"{init}, C_{verb}Message, {final}", mechanisms, whole), Messages(
+        parts, mechanisms, PIECES
+    )
+
+
+MESSAGES: tuple[Messages, ...] = (
+    *_messages("Encrypt", "CKM_AES_GCM", NSS),
+    *_messages("Decrypt", "CKM_AES_GCM", NSS),
+    *_messages("Sign", "CKM_SHA256_HMAC, CKM_SHA256_RSA_PKCS", PIECES),
+    *_messages("Verify", "CKM_SHA256_HMAC, CKM_SHA256_RSA_PKCS", PIECES),
 )
-"""By CKM_AES_GCM on NSS softokn: test_messages.py.  Members that fail, as their calls do not cross to a worker."""
+"""On NSS softokn test_messages.py: members that fail, as their calls do not cross to a worker.  The others in
+test_message_parts.py."""
 
 FOUND = ("C_FindObjectsInit", "C_FindObjects", "C_FindObjectsFinal")
 """Taken whole by the Init, so that nothing is to be repeated: test_session_keys.py."""
