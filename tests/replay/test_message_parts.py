@@ -386,7 +386,7 @@ def test_verification_goes_on(
 
 @when([each for each in CIPHERING if each != "Final"])
 def test_two_sessions_go_on(mortal: Mortal, sealed: list[Sealed], moment: str) -> None:
-    """Both are there when their member dies."""
+    """Both are there when their member dies.  It may be back before the second one asks again."""
     uses = one, other = mortal.use(), mortal.use()
     encrypts, decrypts = encrypt(one, p11.CKG_NO_GENERATE), decrypt(other, sealed)
     advance(encrypts, moment)
@@ -395,7 +395,7 @@ def test_two_sessions_go_on(mortal: Mortal, sealed: list[Sealed], moment: str) -
     dead = mortal.die(one)
     assert finish(encrypts) == sealed
     assert finish(decrypts) == WHOLE
-    assert dead not in {mortal.app.served(use.session) for use in uses}
+    assert mortal.app.served(one.session) != dead
 
 
 def test_message_goes_to_and_fro(mortal: Mortal, sealed: list[Sealed]) -> None:
