@@ -144,7 +144,8 @@ void ha_message_taken(ha_call *call, enum ha_message_phase phase, const struct h
     /* A last part ends its message, right or wrong; a whole one or a first part that is refused has not begun any. */
     if (call->rv != CKR_OK && (phase == HA_MESSAGE_WHOLE || phase == HA_MESSAGE_BEGINS)) return;
     if (phase == HA_MESSAGE_GOES_ON) {
-        if (session->in_message & ops) return; /* it is not known whole */
+        if (session->in_message & ops) return;                 /* it is not known whole */
+        if (!operation->journal && call->rv != CKR_OK) return; /* there is none */
     } else {
         session->in_message &= ~ops;
         if (operation->journal) ha_journal_wipe(operation);

@@ -112,6 +112,8 @@ class Application:
             Role.IN_LEN: lambda: 8,
             Role.OUT: lambda: host.room(8),
             Role.OUT_LEN: lambda: ulong(8),
+            Role.LAST_OUT: lambda: None,
+            Role.LAST_OUT_LEN: lambda: None,
             Role.FILL: lambda: host.room(8),
             Role.NEW_OBJECT: lambda: host.room(8),
             Role.NEW_OBJECT_OR_NULL: lambda: host.room(8),

@@ -325,7 +325,7 @@ LOSSES: tuple[Loss, ...] = (
         "test_limits.test_parameter_of_unknown_layout_is_not_repeated",
     ),
     Loss(
-        "it encrypts messages with IVs that the member makes",
+        "it encrypts messages with IVs that the member counts",
         "another one would count from the start, and use an IV twice",
         LOST,
         "test_messages.test_ivs_that_a_member_makes_are_not_made_again",

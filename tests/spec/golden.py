@@ -25,6 +25,7 @@ NAMES = (
     "C_GenerateKeyPair",  # templates and new objects
     "C_DeriveKey",  # a new object that need not be
     "C_EncryptMessage",  # a message's parameter
+    "C_SignMessageNext",  # an output of the last part
     "C_EncapsulateKey",  # a new object beside an output
 )
 

@@ -36,11 +36,12 @@ FOLLOWED_BY = {
     Role.IN: Role.IN_LEN,
     Role.FILL: Role.IN_LEN,
     Role.OUT: Role.OUT_LEN,
+    Role.LAST_OUT: Role.LAST_OUT_LEN,
     Role.TEMPLATE: Role.COUNT,
     Role.ANSWERS: Role.COUNT,
 }
-# NULL is allowed there: 3.0, 5.13.7 (every part but the last), and functions that never have anything to say.
-NULL_ALLOWED = ("C_SignMessageNext", "C_AsyncGetID")
+# NULL is allowed there: a function that never has anything to say.
+NULL_ALLOWED = ("C_AsyncGetID",)
 
 
 def arguments(row: Function) -> list[tuple[Role, str, str]]:

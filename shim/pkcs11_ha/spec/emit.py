@@ -86,6 +86,8 @@ _TYPES = {
     Role.IN_LEN: "CK_ULONG",
     Role.OUT: "CK_BYTE_PTR",
     Role.OUT_LEN: "CK_ULONG_PTR",
+    Role.LAST_OUT: "CK_BYTE_PTR",
+    Role.LAST_OUT_LEN: "CK_ULONG_PTR",
     Role.FILL: "CK_BYTE_PTR",
     Role.NEW_OBJECT: "CK_OBJECT_HANDLE_PTR",
     Role.NEW_OBJECT_OR_NULL: "CK_OBJECT_HANDLE_PTR",
@@ -156,6 +158,10 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
             case Role.OUT_LEN:
                 before.append(f"const CK_ULONG capacity = *{name};")
                 each.append(f"*{name} = capacity;")
+            case Role.LAST_OUT:
+                before.append(f"call.query = !{name} && {following};")
+                before.append(f"const CK_ULONG capacity = {following} ? *{following} : 0;")
+                each.append(f"if ({following}) *{following} = capacity;")
             case Role.NEW_OBJECT | Role.NEW_OBJECT_OR_NULL:
                 before.append(f"CK_OBJECT_HANDLE made_{name} = CK_INVALID_HANDLE;")
                 each.append(f"made_{name} = CK_INVALID_HANDLE;")
@@ -172,6 +178,10 @@ def _entry_member(row: Function, arguments: Sequence[Argument]) -> str:
         _named(row, arguments, Role.OUT), _named(row, arguments, Role.OUT_LEN), strict=True
     ):
         function = f"ha_bounded({function}, {out}, {length}, capacity)"
+    for out, length in zip(
+        _named(row, arguments, Role.LAST_OUT), _named(row, arguments, Role.LAST_OUT_LEN), strict=True
+    ):
+        function = f"ha_bounded({function}, {length} ? {out} : NULL, {length}, capacity)"
     for attributes in _named(row, arguments, Role.ANSWERS):
         function = f"ha_lengths_bounded(&lengths, {attributes}, {function})"
     lines = ["    ha_call call;", f"    ha_call_init(&call, FN_{row.name});"]
@@ -204,7 +214,7 @@ def _named(row: Function, arguments: Sequence[Argument], role: Role) -> list[str
 def _keep_apart(row: Function, arguments: Sequence[Argument]) -> list[str]:
     """Operations that write beside what they read: applications give the same buffer for both."""
     inputs, lengths = _named(row, arguments, Role.IN), _named(row, arguments, Role.IN_LEN)
-    outputs = _named(row, arguments, Role.OUT)
+    outputs = _named(row, arguments, Role.OUT) + _named(row, arguments, Role.LAST_OUT)
     if not (row.ops and inputs and outputs):
         return []
     return [f"    ha_call_keep_apart(&call, &{inputs[-1]}, {lengths[-1]}, {outputs[0]}, capacity);"]
@@ -263,7 +273,11 @@ def _message_phase(row: Function) -> str:
         return "HA_MESSAGE_WHOLE"
     if row.name.endswith("Begin"):
         return "HA_MESSAGE_BEGINS"
-    last = "flags & CKF_END_OF_MESSAGE" if Role.OUT in row.roles else "pSignature"
+    last = "pSignature"  # that is verified
+    if Role.OUT in row.roles:
+        last = "flags & CKF_END_OF_MESSAGE"
+    elif Role.LAST_OUT_LEN in row.roles:
+        last = "pulSignatureLen"
     return f"{last} ? HA_MESSAGE_ENDS : HA_MESSAGE_GOES_ON"
 
 
@@ -403,7 +417,8 @@ _PART = {
     Role.IN_LEN: "part->in_size",
     Role.OUT: "part->out",
     Role.OUT_LEN: "&part->out_size",
-    Role.POINTER: "NULL",
+    Role.LAST_OUT: "NULL",
+    Role.LAST_OUT_LEN: "NULL",
 }
 
 

@@ -26,6 +26,8 @@ class Role(enum.Enum):
     IN_LEN = "in_len"  # length of the buffer before it
     OUT = "out"  # bytes that are written; NULL asks for the length
     OUT_LEN = "out_len"  # its capacity and then its length; never NULL
+    LAST_OUT = "last_out"  # bytes that the last part of a message writes; NULL asks for the length
+    LAST_OUT_LEN = "last_out_len"  # its capacity and then its length; NULL: another part follows
     FILL = "fill"  # bytes that are written whole; NULL only with a length of 0
     NEW_OBJECT = "new_object"  # where the handle of a new object goes; never NULL
     NEW_OBJECT_OR_NULL = "new_object?"  # the same, may be NULL
@@ -226,8 +228,7 @@ _3_0 = (
     _row("C_MessageSignInit", "session mechanism object", _M, _CRYPTO, Op.MESSAGE_SIGN, _INIT),
     _row("C_SignMessage", "session parameter value in in_len out out_len", _M, _CRYPTO, Op.MESSAGE_SIGN, _MESSAGE),
     _row("C_SignMessageBegin", "session parameter value", _M, _CRYPTO, Op.MESSAGE_SIGN, _MESSAGE),
-    # The output and its length may both be NULL here: every part but the last has no signature.
-    _row("C_SignMessageNext", "session parameter value in in_len pointer pointer",
+    _row("C_SignMessageNext", "session parameter value in in_len last_out last_out_len",
          _M, _CRYPTO, Op.MESSAGE_SIGN, _MESSAGE),
     _row("C_MessageSignFinal", "session", _M, _CRYPTO, Op.MESSAGE_SIGN, _FINAL),
     _row("C_MessageVerifyInit", "session mechanism object", _M, _CRYPTO, Op.MESSAGE_VERIFY, _INIT),

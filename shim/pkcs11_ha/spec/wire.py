@@ -55,6 +55,7 @@ _ITEM = {
     Role.ANSWERS: Item.ANSWERS,
     Role.IN: Item.BYTES,
     Role.OUT: Item.ROOM,
+    Role.LAST_OUT: Item.ROOM,
     Role.FILL: Item.FILL,
     Role.NEW_OBJECT: Item.RESULT,
     Role.NEW_OBJECT_OR_NULL: Item.RESULT,
@@ -72,7 +73,6 @@ _SPELLED = {
     "C_InitToken": "number bytes label",
     "C_OpenSession": "number number nothing nothing result",  # a callback does not cross
     "C_FindObjects": "number found",
-    "C_SignMessageNext": "number parameter bytes room",
     **{
         row.name: "number message_mechanism number"
         for row in FUNCTIONS
