@@ -261,7 +261,7 @@ class Session:
     # Objects
 
     def find(self, template: Template) -> list[int]:
-        self.call("C_FindObjectsInit", *_attributes(template))
+        self.call("C_FindObjectsInit", *attributes(template))
         found: list[int] = []
         handles, count = (c_ulong * 64)(), c_ulong()
         try:
@@ -280,10 +280,10 @@ class Session:
         return found[0]
 
     def create(self, template: Template) -> int:
-        return self._new("C_CreateObject", *_attributes(template))
+        return self._new("C_CreateObject", *attributes(template))
 
     def copy(self, handle: int, template: Template) -> int:
-        return self._new("C_CopyObject", handle, *_attributes(template))
+        return self._new("C_CopyObject", handle, *attributes(template))
 
     def destroy(self, handle: int) -> None:
         self.call("C_DestroyObject", handle)
@@ -299,17 +299,17 @@ class Session:
         return tuple(buffer.raw[: each.size] for each, buffer in zip(template, buffers, strict=True))
 
     def set(self, handle: int, template: Template) -> None:
-        self.call("C_SetAttributeValue", handle, *_attributes(template))
+        self.call("C_SetAttributeValue", handle, *attributes(template))
 
     # Keys
 
     def generate_key(self, mechanism: Mechanism, template: Template) -> int:
-        return self._new("C_GenerateKey", _mechanism(mechanism), *_attributes(template))
+        return self._new("C_GenerateKey", _mechanism(mechanism), *attributes(template))
 
     def generate_key_pair(self, mechanism: Mechanism, public: Template, private: Template) -> tuple[int, int]:
         keys = (c_ulong * 2)()
         at = [ctypes.addressof(keys), ctypes.addressof(keys) + ctypes.sizeof(c_ulong)]
-        both = (*_attributes(public), *_attributes(private))
+        both = (*attributes(public), *attributes(private))
         self.call("C_GenerateKeyPair", _mechanism(mechanism), *both, *map(c_void_p, at))
         return keys[0], keys[1]
 
@@ -318,10 +318,10 @@ class Session:
 
     def unwrap(self, mechanism: Mechanism, unwrapping_key: int, blob: bytes, template: Template) -> int:
         given = (_mechanism(mechanism), unwrapping_key, blob, len(blob))
-        return self._new("C_UnwrapKey", *given, *_attributes(template))
+        return self._new("C_UnwrapKey", *given, *attributes(template))
 
     def derive(self, mechanism: Mechanism, key: int, template: Template) -> int:
-        return self._new("C_DeriveKey", _mechanism(mechanism), key, *_attributes(template))
+        return self._new("C_DeriveKey", _mechanism(mechanism), key, *attributes(template))
 
     # Operations
 
@@ -393,7 +393,7 @@ def _pointer(memory: ctypes.Structure | ctypes.Array[c_char]) -> ctypes._Pointer
     return ctypes.cast(ctypes.pointer(memory), POINTER(c_char))
 
 
-def _attributes(template: Template) -> tuple[object, int]:
+def attributes(template: Template) -> tuple[ctypes.Array[_Attribute], int]:
     """A template and its length, as two arguments."""
     attributes = (_Attribute * len(template))()
     for attribute, (kind, value) in zip(attributes, template.items(), strict=True):

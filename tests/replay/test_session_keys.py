@@ -42,6 +42,16 @@ def copied(session: p11.Session) -> int:
     return session.copy(created(session), {p11.CKA_LABEL: "a copy"})
 
 
+def said_twice(session: p11.Session) -> int:
+    """A value that the template has twice; what the library makes of it is its own affair."""
+    template, count = p11.attributes(AES | {p11.CKA_VALUE: VALUE})
+    again, _ = p11.attributes({p11.CKA_VALUE: VALUE})
+    both = (type(again[0]) * (count + 1))(*template, *again)
+    key = c_ulong()
+    session.call("C_CreateObject", both, count + 1, byref(key))
+    return key.value
+
+
 def unwrapped(session: p11.Session) -> int:
     public, private = (
         session.find_one({p11.CKA_CLASS: kind, p11.CKA_LABEL: "rsa"})
@@ -71,7 +81,7 @@ class _Made(Use):
         return self.made if name == "made" else super().key(name)
 
 
-@pytest.mark.parametrize("make", [created, copied, unwrapped])
+@pytest.mark.parametrize("make", [created, said_twice, copied, unwrapped])
 def test_key_that_can_be_made_again_is(mortal: Killable, undisturbed: Use, make: Make) -> None:
     work = Work(MECHANISM, "made", PARTS)
     bare = _Made(undisturbed.session, created(undisturbed.session))

@@ -291,7 +291,7 @@ class _Locked(Filled):
         secret = {int(array[i].type) for i in range(count)} & _SECRETS
         super().__init__(said(array, count, {int(array[i].type) for i in range(count)} - secret))
         self._locked: list[Any] = []
-        held = native.ffi.new("CK_ATTRIBUTE[]", self.count + len(secret) or 1)
+        held = native.ffi.new("CK_ATTRIBUTE[]", count or 1)
         for place in range(self.count):
             held[place] = self.array[place]
         self._kept.append(self.array)
