@@ -6,6 +6,7 @@ P11HA_VALGRIND=1 (`make valgrind`) tells the long stories too; without valgrind 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,8 @@ LEAKS = {
     "ASAN_OPTIONS": "detect_leaks=1:fast_unwind_on_malloc=0",
     "LSAN_OPTIONS": f"print_suppressions=0:suppressions={ROOT / 'tests' / 'lsan.supp'}",
 }
+# What LeakSanitizer says in the child of a fork, of a thread that only the parent has.
+NOT_IN_A_CHILD = re.compile(r"==\d+==Running thread \d+ was not suspended\. False leaks are possible\.")
 
 
 @pytest.mark.timeout(600)
@@ -49,4 +52,5 @@ def test_nothing_is_wrong_and_nothing_is_lost(
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if not NOT_IN_A_CHILD.fullmatch(line)]
+    assert (done.returncode, said) == (0, [])
