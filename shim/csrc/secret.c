@@ -1,4 +1,4 @@
-/* Secrets: PINs in locked memory that no core dump shows and no child of a fork inherits; wiped when dropped. */
+/* Secrets: PINs and values of keys in locked memory that no core dump shows and no child of a fork inherits; wiped when dropped. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,26 +10,29 @@
 #include "ha.h"
 
 struct ha_secret {
+    size_t pages; /* bytes that it takes, all in all */
     CK_ULONG size;
     CK_BYTE bytes[];
 };
 
-enum { SECRET_PAGE = 4096, MAX_SECRET = SECRET_PAGE - sizeof(struct ha_secret) };
+enum { SECRET_PAGE = 4096, LONGEST_LINE = SECRET_PAGE - sizeof(struct ha_secret), MAX_SECRET = 1 << 20 };
 
-/* A page of its own. mlock may be refused (RLIMIT_MEMLOCK): swapping is then the system's affair. */
-static ha_secret *secret_page(void)
+/* Pages of its own. mlock may be refused (RLIMIT_MEMLOCK): swapping is then the system's affair. */
+static ha_secret *secret_pages(size_t size)
 {
-    void *page = mmap(NULL, SECRET_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) return NULL;
-    mlock(page, SECRET_PAGE);
-    madvise(page, SECRET_PAGE, MADV_DONTDUMP);
-    madvise(page, SECRET_PAGE, MADV_WIPEONFORK);
-    return page;
+    size_t pages = (sizeof(struct ha_secret) + size + SECRET_PAGE - 1) / SECRET_PAGE * SECRET_PAGE;
+    ha_secret *secret = mmap(NULL, pages, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (secret == MAP_FAILED) return NULL;
+    mlock(secret, pages);
+    madvise(secret, pages, MADV_DONTDUMP);
+    madvise(secret, pages, MADV_WIPEONFORK);
+    secret->pages = pages;
+    return secret;
 }
 
 ha_secret *ha_secret_new(CK_BYTE *bytes, CK_ULONG size)
 {
-    ha_secret *secret = size <= MAX_SECRET ? secret_page() : NULL;
+    ha_secret *secret = size <= MAX_SECRET && (bytes || !size) ? secret_pages(size) : NULL;
     if (!secret) return NULL;
     if (size) memcpy(secret->bytes, bytes, size);
     secret->size = size;
@@ -44,7 +47,7 @@ static bool is_end_of_line(CK_BYTE c)
 /* The first line of what `path` opens, without its end. `step` bytes are asked for at a time. */
 static ha_secret *read_first_line(char *path, size_t step, char *error, size_t error_size)
 {
-    ha_secret *secret = secret_page();
+    ha_secret *secret = secret_pages(LONGEST_LINE);
     if (!secret) {
         snprintf(error, error_size, "no memory");
         return NULL;
@@ -52,8 +55,8 @@ static ha_secret *read_first_line(char *path, size_t step, char *error, size_t e
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
     ssize_t got = fd < 0 ? -1 : 1;
     size_t size = 0, end = 0;
-    while (got > 0 && end == size && size < MAX_SECRET) {
-        size_t room = MAX_SECRET - size;
+    while (got > 0 && end == size && size < LONGEST_LINE) {
+        size_t room = LONGEST_LINE - size;
         got = read(fd, secret->bytes + size, step < room ? step : room);
         if (got < 0 && errno == EINTR)
             got = 1;
@@ -67,14 +70,14 @@ static ha_secret *read_first_line(char *path, size_t step, char *error, size_t e
         ha_secret_wipe(secret);
         return NULL;
     }
-    explicit_bzero(secret->bytes + end, MAX_SECRET - end);
+    explicit_bzero(secret->bytes + end, LONGEST_LINE - end);
     secret->size = end;
     return secret;
 }
 
 ha_secret *ha_secret_read(char *path, char *error, size_t error_size)
 {
-    return read_first_line(path, MAX_SECRET, error, error_size);
+    return read_first_line(path, LONGEST_LINE, error, error_size);
 }
 
 /* From a pipe that others read on from: a byte at a time. */
@@ -104,6 +107,8 @@ int ha_secret_equal(ha_secret *secret, CK_BYTE *bytes, CK_ULONG size)
 
 void ha_secret_wipe(ha_secret *secret)
 {
-    explicit_bzero(secret, SECRET_PAGE);
-    munmap(secret, SECRET_PAGE);
+    /* In the child of a fork it is wiped already. */
+    const size_t pages = secret->pages ? secret->pages : SECRET_PAGE;
+    explicit_bzero(secret, pages);
+    munmap(secret, pages);
 }

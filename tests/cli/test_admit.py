@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from demo.members import SoftToken, softhsm, write_config
+from demo.members import SoftToken, Table, Toml, softhsm, write_config
 from tests import p11
+from tests.chaos.conftest import crash_library as crash_library
+from tests.chaos.crash import CrashPlan
 from tests.ha.app import environment, until
 
 KEYS = int(os.environ.get("P11HA_ADMIT", "80"))  # `make chaos` takes 10,000
@@ -161,6 +163,51 @@ def test_an_interrupted_admission_is_resumed_without_duplicates(growing: Growing
         env=os.environ | growing.env,
     )
     assert compared.stdout.splitlines()[-1] == f"{KEYS} objects, 0 not alike on all members"
+
+
+def test_what_an_interrupted_admission_made_can_be_destroyed(
+    growing: Growing, module: Path, crash_library: Path
+) -> None:
+    """Of a data object, which can bear no mark, the ledger says beforehand that it may be there."""
+    plan = CrashPlan(growing.directory / "plan")
+    members = [growing.tokens[name].member() for name in NAMES]
+    group: Table = {"label": "prod", "serial": "1", "members": NAMES, "replication": "domain"}
+
+    def configure(**north: Toml) -> None:
+        changed: Table = {**members[2], **north}
+        write_config(growing.directory / "c.toml", [*members[:2], changed], [group], ha={"log": "off"})
+
+    def data(name: str) -> list[int]:
+        token = growing.tokens[name]
+        with environment(token.env), p11.Module(softhsm()) as bare:
+            session = bare.open(bare.slot(name))
+            session.login(token.pin)
+            return session.find({p11.CKA_CLASS: p11.CKO_DATA, p11.CKA_APPLICATION: "ours"})
+
+    configure()
+    assert growing.admit("\n".join(growing.words[1:]) + "\n").returncode == 0
+    mine: p11.Template = {p11.CKA_CLASS: p11.CKO_DATA, p11.CKA_TOKEN: True, p11.CKA_APPLICATION: "ours"}
+
+    def without_north(work: Callable[[p11.Session], object]) -> None:
+        configure(token="pkcs11:token=away")
+        with environment(growing.env), p11.Module(module) as library:
+            session = library.open(library.slots()[0], rw=True)
+            session.login("123456")
+            work(session)
+
+    died = 0
+    for nth in range(4, 8):  # from the announcement on
+        without_north(lambda session: session.create(mine))
+        configure(module=str(crash_library), env=growing.tokens["north"].env | plan.env(softhsm()))
+        plan.arm(nth, after=True)
+        died += growing.admit("").returncode != 0
+        plan.disarm()
+        without_north(lambda session: session.destroy(session.find_one(mine)))
+        configure()
+        assert growing.admit("").returncode == 0
+        assert [data(name) for name in NAMES] == [[], [], []], nth
+    assert died >= 3
+    plan.close()
 
 
 def test_a_running_application_takes_in_who_is_admitted(growing: Growing, module: Path) -> None:

@@ -52,6 +52,18 @@ def said_twice(session: p11.Session) -> int:
     return key.value
 
 
+def large(session: p11.Session) -> int:
+    """Beside a key, as large as a certificate with its names or a key of ML-DSA: more than a page of memory."""
+    bulky: dict[int, p11.Value] = {
+        p11.CKA_CLASS: p11.CKO_DATA,
+        p11.CKA_TOKEN: False,
+        p11.CKA_LABEL: "",
+        p11.CKA_VALUE: TEXT * 2000,
+    }
+    assert session.get(session.create(bulky), p11.CKA_VALUE) == (TEXT * 2000,)
+    return created(session)
+
+
 def unwrapped(session: p11.Session) -> int:
     public, private = (
         session.find_one({p11.CKA_CLASS: kind, p11.CKA_LABEL: "rsa"})
@@ -81,7 +93,7 @@ class _Made(Use):
         return self.made if name == "made" else super().key(name)
 
 
-@pytest.mark.parametrize("make", [created, said_twice, copied, unwrapped])
+@pytest.mark.parametrize("make", [created, said_twice, large, copied, unwrapped])
 def test_key_that_can_be_made_again_is(mortal: Killable, undisturbed: Use, make: Make) -> None:
     work = Work(MECHANISM, "made", PARTS)
     bare = _Made(undisturbed.session, created(undisturbed.session))

@@ -12,7 +12,7 @@ from pkcs11_ha.core.template import TRUE, Nested, Template, for_seed, is_reserve
 from pkcs11_ha.entry.carry import Carried
 from pkcs11_ha.entry.life import slot_of
 from pkcs11_ha.runtime import native
-from pkcs11_ha.runtime.attributes import Changed, Filled, said
+from pkcs11_ha.runtime.attributes import SAID_MAX, Changed, Filled, said
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.objects import Recipe, VirtualObject
@@ -278,18 +278,18 @@ class Then:
 
 def then(before: Recipe | None, name: str, array: Any, count: int) -> Then | None:
     """One more step of a recipe, `name` with this template; None where there is no recipe, or no end of them."""
-    nested = any(array[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count))
-    if before is None or nested or before.steps >= _STEPS:
+    if before is None or before.steps >= _STEPS or not _can_be_kept(array, count):
         return None
     return Then(before, name, _Locked(array, count))
 
 
 class _Locked(Filled):
-    """A deep copy of an application's template; secret values in locked memory, wiped with it."""
+    """A deep copy of an application's template that can be kept; secret values in locked memory, wiped with it."""
 
     def __init__(self, array: Any, count: int) -> None:
-        secret = {int(array[i].type) for i in range(count)} & _SECRETS
-        super().__init__(said(array, count, {int(array[i].type) for i in range(count)} - secret))
+        kinds = {int(array[i].type) for i in range(count)}
+        secret = {int(array[i].type) for i in range(count) if array[i].pValue != native.ffi.NULL} & _SECRETS
+        super().__init__(dict.fromkeys(kinds - secret, b"") | said(array, count, kinds - secret))
         self._locked: list[Any] = []
         held = native.ffi.new("CK_ATTRIBUTE[]", count or 1)
         for place in range(self.count):
@@ -308,11 +308,20 @@ class _Locked(Filled):
         self.array = held
 
 
+def _can_be_kept(array: Any, count: int) -> bool:
+    """Whether all of a template lies in itself: no templates in it, nothing too long, no length alone."""
+    return all(
+        not array[i].type & ck.CKF_ARRAY_ATTRIBUTE
+        and array[i].ulValueLen < (SAID_MAX if array[i].pValue != native.ffi.NULL else 1)
+        for i in range(count)
+    )
+
+
 def recipe(making: Making) -> Again | None:
     """How to make the object again; None where that cannot be known: a mechanism of unknown layout, or a template
-    in templates."""
+    that cannot be kept."""
     ((array, count),) = making.templates
-    if any(array[i].type & ck.CKF_ARRAY_ATTRIBUTE for i in range(count)):
+    if not _can_be_kept(array, count):
         return None
     kept = None
     if making.mechanism:

@@ -16,7 +16,7 @@ from pkcs11_ha.runtime.native import CkError
 
 _GUESS = 1024  # bytes for an attribute before its length is known: enough for all but those of _LONG
 _LAST = (ck.CKA_MODIFIABLE, ck.CKA_COPYABLE, ck.CKA_DESTROYABLE)
-_SAID_MAX = 1 << 20
+SAID_MAX = 1 << 20
 # Beside an attribute that an object has not, NSS does not give these (CK_ULONG) either, though it has them.
 _NUMBERS = (ck.CKA_CLASS, ck.CKA_KEY_TYPE, ck.CKA_CERTIFICATE_TYPE, ck.CKA_VALUE_LEN)
 _LONG = (ck.CKA_VALUE, ck.CKA_SUBJECT, ck.CKA_ISSUER, ck.CKA_URL, ck.CKA_ATTR_TYPES)
@@ -179,7 +179,7 @@ def said(array: Any, count: int, numbers: Container[int] | None = None) -> dict[
         if (numbers is None or int(array[i].type) in numbers)
         and not array[i].type & ck.CKF_ARRAY_ATTRIBUTE
         and array[i].pValue != native.ffi.NULL
-        and array[i].ulValueLen < _SAID_MAX
+        and array[i].ulValueLen < SAID_MAX
     }
 
 

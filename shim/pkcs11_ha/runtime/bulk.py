@@ -152,10 +152,13 @@ def _bring(
     """One object and its entry, without a search: a token that is full takes its time for each."""
     party = replication.party
     handle, is_tagged = here.tagged.get(entry.uid, 0), True
+    outweighed = [before] if before is not None else []
     if not handle:
         for other, census in sources:
             source = census.of(entry, partial(replication.whereabouts.shows, other))
             if source is not None:
+                foretold = replication.settling.foretell(member, entry, outweighed, other, source)
+                outweighed += [foretold] if foretold is not None else []
                 handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
                 break
         else:
@@ -165,8 +168,8 @@ def _bring(
     if is_tagged:
         replication.settling.untag(member, handle, entry)
     party.ledger.mark(member, written, Stage.KEPT, party.there())
-    if before is not None:
-        party.ledger.erase(before)
+    for replica in outweighed:
+        party.ledger.erase(replica)
 
 
 def rewrap(replication: Replication, new: Generation, report: Report) -> None:

@@ -287,26 +287,27 @@ class Settling:
         is_key = target.name.object_class in (ck.CKO_SECRET_KEY, ck.CKO_PRIVATE_KEY)
         if is_key and (target.wrapped is None or not self.copying.keeps(member, target.wrapped)):
             return False  # it could not be wrapped: `p11ha check` says so
-        self._foretell(member, target, replicas, *source)
+        self.foretell(member, target, replicas, *source)
         self.copying.copy_over(member, target, *source)
         self.party.log(Event("object.settled", self.party.group.label, member.name, _details(target, "made")))
         return True
 
-    def _foretell(
+    def foretell(
         self, member: Member, target: Entry, replicas: Sequence[Replica], reference: Member, handle: int
-    ) -> None:
-        """Says in the member's own ledger that a copy may be there, where no mark on the copy will.
+    ) -> Replica | None:
+        """Says in the member's own ledger that a copy may be there, where no mark on the copy will; what it says.
 
         Else nothing would tell of it if the member died before the ledger knows, and it would outlive its destruction
         elsewhere.  The entry is nobody's, as the lease says who is at work: the one to come outweighs it.
         """
         if any(r.member == member.name and r.entry.version == target.version for r in replicas):
-            return
+            return None
         with on(reference):
             shown = attributes.read(reference, reference.session, handle, (ck.CKA_MODIFIABLE,))
-        if not may_be_tagged(target.name.object_class, shown):
-            nobodys = replace(target, owner=None)
-            self.party.ledger.write(member, nobodys, Stage.ANNOUNCED, self.party.there())
+        if may_be_tagged(target.name.object_class, shown):
+            return None
+        nobodys = replace(target, owner=None)
+        return self.party.ledger.write(member, nobodys, Stage.ANNOUNCED, self.party.there())
 
     def _undo(self, uid: str) -> None:
         """One half of a pair whose other half never came to be."""
