@@ -59,9 +59,10 @@ format: setup ## put Python and C into the form that lint wants
 	$(BIN)/clang-format -i $(C_FILES)
 
 # Our C under a sanitizer, whose runtime must be in a process before our module is. What is lost is looked for in programs in
-# C alone (tests/boundary/test_lost_memory.py): a Python at its end has lost much of its own.
+# C alone (tests/boundary/test_lost_memory.py): a Python at its end has lost much of its own. libstdc++ is there before any vendor's
+# library in C++, as a sanitizer looks for its `throw` when it starts.
 SANITIZED = $(BIN)/python build.py --sanitize=$(1) && PKCS11_HA_MODULE=$(CURDIR)/build/$(2)/libpkcs11-ha.so \
-    LD_PRELOAD=$$($(CC) -print-file-name=lib$(2).so)
+    LD_PRELOAD=$$($(CC) -print-file-name=lib$(2).so):$$($(CC) -print-file-name=libstdc++.so.6)
 
 asan: setup ## the tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call SANITIZED,address,asan) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
