@@ -284,7 +284,7 @@ def link_fault(out: Path, objects: Sequence[Path], library: Path, sanitize: str)
     """The fault module: C alone, and as the library it exports what it must."""
     if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in objects):
         return
-    how = [f"-fsanitize={sanitize}"] if sanitize else ["-O2", "-flto=auto", "-Wl,--no-undefined"]
+    how = SANITIZERS[sanitize] if sanitize else ["-O2", "-flto=auto", "-Wl,--no-undefined"]
     fresh = library.with_name(
         library.name + ".new"
     )  # programs that have loaded the one before may be running

@@ -80,7 +80,7 @@ static struct ha_boxes *map(int memory)
 bool ha_line_make(struct ha_line *line, int handed[HA_LINE_FDS])
 {
     int ends[2], memory = new_memory();
-    *line = (struct ha_line){.socket = -1};
+    *line = (struct ha_line){.socket = -1, .process = -1};
     if (memory >= 0) line->boxes = map(memory);
     if (!line->boxes || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
         if (memory >= 0) close(memory);
@@ -98,7 +98,7 @@ bool ha_line_take(struct ha_line *line, const int handed[HA_LINE_FDS])
 {
     struct stat status;
     int memory = handed[1], seals = fcntl(memory, F_GET_SEALS);
-    *line = (struct ha_line){.socket = handed[0]};
+    *line = (struct ha_line){.socket = handed[0], .process = -1};
     if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(memory, &status) == 0 &&
         status.st_size == sizeof(struct ha_boxes))
         line->boxes = map(memory);
@@ -125,7 +125,7 @@ void ha_line_close(struct ha_line *line)
 void ha_line_forget(struct ha_line *line)
 {
     if (line->socket >= 0) close(line->socket);
-    *line = (struct ha_line){.socket = -1};
+    *line = (struct ha_line){.socket = -1, .process = -1};
 }
 
 /* ---- passing ---- */
@@ -230,17 +230,21 @@ static uint32_t doze(struct box *box, uint64_t until)
     return state;
 }
 
-/* At the socket, until a byte says that the box was posted; its end, or our shutdown() of it, ends the wait too. */
-static enum ha_wire_result sleep_at(int fd, uint64_t deadline)
+/* At the socket, until a byte says that the box was posted; its end, or our shutdown() of it, ends the wait too.  So does
+ * the end of the other process: what its library has started may have a copy of the socket. */
+static enum ha_wire_result sleep_at(const struct ha_line *line, uint64_t deadline)
 {
     char byte;
     ssize_t n;
-    struct pollfd end = {.fd = fd, .events = POLLIN};
+    struct pollfd ends[] = {{.fd = line->socket, .events = POLLIN}, {.fd = line->process, .events = POLLIN}};
     do {
         if (deadline && ha_monotonic_ns() >= deadline) return HA_WIRE_LATE;
-        if (poll(&end, 1, ha_left_ms(deadline)) < 0 && errno != EINTR) return HA_WIRE_GONE;
-        n = recv(fd, &byte, 1, MSG_DONTWAIT);
-    } while (n < 0 && (errno == EAGAIN || errno == EINTR));
+        if (poll(ends, 2, ha_left_ms(deadline)) < 0) {
+            if (errno != EINTR) return HA_WIRE_GONE;
+            ends[1].revents = 0;
+        }
+        n = recv(line->socket, &byte, 1, MSG_DONTWAIT);
+    } while (n < 0 && !ends[1].revents && (errno == EAGAIN || errno == EINTR));
     return n == 1 ? HA_WIRE_DONE : HA_WIRE_GONE;
 }
 
@@ -255,7 +259,7 @@ enum ha_wire_result ha_line_ask(struct ha_line *line, struct ha_message *message
     uint64_t dozed = ha_monotonic_ns() + DOZE_NS;
     uint32_t state = doze(box, deadline && deadline < dozed ? deadline : dozed);
     if (state == DOZING && atomic_compare_exchange_strong(&box->state, &state, SLEEPING)) {
-        result = sleep_at(line->socket, deadline);
+        result = sleep_at(line, deadline);
         if (result != HA_WIRE_DONE) return result;
         state = atomic_load(&box->state);
     }

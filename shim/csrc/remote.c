@@ -27,6 +27,10 @@
 
 enum { STACK = 1 << 16, IDLE_CHANNELS = 64, HANDS = 32, HELLO_LIMIT = 1 << 14, FAREWELL_MS = 2000 };
 
+#ifndef PIDFD_SIGNAL_PROCESS_GROUP
+#define PIDFD_SIGNAL_PROCESS_GROUP (1U << 2)
+#endif
+
 #define INSIDE_A_WORKER "PKCS11_HA_INSIDE_A_WORKER" /* a worker starts no workers: it may be loading us */
 
 struct ha_channel {
@@ -189,7 +193,9 @@ static void kill_locked(struct remote *remote)
     close_fd(&remote->control); /* its end as well, where we have not got the right to kill it any more */
     if (remote->pidfd >= 0) {
         siginfo_t info;
-        bool killed = syscall(SYS_pidfd_send_signal, remote->pidfd, SIGKILL, NULL, 0) == 0;
+        /* With what its library has started, whose group it leads; before Linux 6.9 it alone. */
+        bool killed = syscall(SYS_pidfd_send_signal, remote->pidfd, SIGKILL, NULL, PIDFD_SIGNAL_PROCESS_GROUP) == 0 ||
+                      syscall(SYS_pidfd_send_signal, remote->pidfd, SIGKILL, NULL, 0) == 0;
         if (killed && takes_in_orphans()) waitid((idtype_t)P_PIDFD, (id_t)remote->pidfd, &info, WEXITED);
     }
     close_fd(&remote->pidfd);
@@ -260,6 +266,7 @@ static struct ha_channel *new_channel(struct remote *remote)
     } else {
         reached = hand_over(remote->control, handed);
         for (unsigned k = 0; k < HA_LINE_FDS; k++) close(handed[k]);
+        channel->line.process = remote->pidfd;
     }
     if (!channel->hand && !reached) {
         channel_free(channel, false);
@@ -491,7 +498,7 @@ int ha_remote_start(int number, char **arguments, char **environment, unsigned *
     }
     /* It may be dead, and another have its number: but who greets through our socket after this was alive then. */
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-    char go = 'g';
+    char go = HA_WIRE_GO;
     if (send(ends[0], &go, 1, MSG_NOSIGNAL) != 1) close_fd(&pidfd);
     return begin_life(remote, arguments[0], ends[0], pidfd, limits_ms, error, error_size);
 }
@@ -526,7 +533,7 @@ int ha_remote_connect(int number, char *path, unsigned *limits_ms, char *error, 
         close_fd(&fd);
         return 0;
     }
-    char go = 'g';
+    char go = HA_WIRE_GO;
     if (send(fd, &go, 1, MSG_NOSIGNAL) != 1) { /* its end is seen when it is to greet */
     }
     return begin_life(&remotes[number], path, fd, -1, limits_ms, error, error_size);

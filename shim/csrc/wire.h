@@ -16,6 +16,7 @@
 
 enum {
     HA_WIRE_HELLO = HA_FUNCTIONS, /* the row of a worker's first message */
+    HA_WIRE_GO = 'g',             /* the client's first byte: it has a hold of the worker now */
     HA_WIRE_FD = 3,               /* where a worker that was started finds its end of the socket */
     HA_WIRE_DEPTH = 4,            /* of templates in templates */
     HA_WIRE_SMALL = 1 << 14,      /* a message that is kept mapped and locked between calls */
@@ -100,6 +101,7 @@ enum { HA_LINE_FDS = 2 }; /* that are handed over: socket, memory */
 struct ha_line {
     struct ha_boxes *boxes; /* shared with the other end */
     int socket;
+    int process;            /* pidfd of the other end's, not ours to close; -1: not known */
     unsigned in_vain, skip; /* looks for a message before sleeping: that did not pay, to be left out */
 };
 

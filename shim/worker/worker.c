@@ -6,7 +6,8 @@
  *   pkcs11-ha-worker --listen PATH MODULE [--init-args TEXT]      for others: a process per client, at a Unix socket
  *
  * A client's control socket brings lines, its channels: each has a thread, and one call at a time.  When
- * the control socket ends, or the client's process does, the worker is gone at once, whatever the library is doing.
+ * the control socket ends, or the client's process does, the worker is gone at once, whatever the library is doing; if it
+ * is stopped then, within a minute.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -23,9 +24,12 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "serve.h"
+
+enum { CONTINUE_S = 60, HELLO_MS = 10000 };
 
 static void *functions[HA_FUNCTIONS];
 static char *listening_at;
@@ -162,7 +166,8 @@ static bool take_channel(int control)
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) return true;
     if (n <= 0) return false;
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    if (!header || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) return true;
+    if (!header || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS)
+        return message.msg_flags & MSG_CTRUNC; /* no descriptors left here; else it is no client of ours */
     size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     memcpy(handed, CMSG_DATA(header), count * sizeof(int));
     if (count == HA_LINE_FDS) begin_channel(handed);
@@ -170,14 +175,38 @@ static bool take_channel(int control)
     return true;
 }
 
+/* Who is stopped cannot see its client end: a timer continues it, a signal that does nothing to who runs. */
+static void do_not_stay_stopped(void)
+{
+    timer_t timer;
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGCONT};
+    const struct itimerspec times = {{CONTINUE_S, 0}, {CONTINUE_S, 0}};
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer) == 0) timer_settime(timer, 0, &times, NULL);
+}
+
+/* The client has a hold of us now, by a descriptor and not by a number. */
+static bool is_called(int control)
+{
+    char go = 0;
+    struct pollfd called = {.fd = control, .events = POLLIN};
+    while (poll(&called, 1, HELLO_MS) < 0 && errno == EINTR) {
+    }
+    return recv(control, &go, 1, MSG_DONTWAIT) == 1 && go == HA_WIRE_GO;
+}
+
+/* With what the library has started, where that is ours alone to end. */
+static _Noreturn void end(void)
+{
+    if (getpgrp() == getpid()) kill(0, SIGKILL);
+    _exit(0); /* not exit(): a library that hangs would hold us */
+}
+
 /* Until the client ends. `client` is its process, -1: not known. */
 static _Noreturn void serve_client(int control, int client, char *module)
 {
-    char go;
     unsigned major = 0, minor = 0;
-    /* It has a hold of us now, by a descriptor and not by a number. */
-    while (recv(control, &go, 1, 0) < 0 && errno == EINTR) {
-    }
+    do_not_stay_stopped();
+    if (!is_called(control)) _exit(0);
     const char *error = confine();
     if (!error) error = load(module, &major, &minor);
     if (!greet(control, error, major, minor)) _exit(1);
@@ -187,7 +216,7 @@ static _Noreturn void serve_client(int control, int client, char *module)
         if (ends[1].revents) break;
         if (ends[0].revents && !take_channel(control)) break;
     }
-    _exit(0); /* not exit(): a library that hangs would hold us */
+    end();
 }
 
 /* ---- started by a member ---- */
@@ -224,9 +253,11 @@ static bool is_trusted(int fd)
 static int open_listener(char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct stat there;
     if (strlen(path) >= sizeof address.sun_path) fail(path, "too long for a socket");
     memcpy(address.sun_path, path, strlen(path));
     int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (lstat(path, &there) == 0 && !S_ISSOCK(there.st_mode)) fail(path, "is there and no socket");
     /* A socket that nobody listens at was left behind. */
     if (connect(probe, (struct sockaddr *)&address, sizeof address) == 0) fail(path, "another worker listens there");
     if (errno == ECONNREFUSED) unlink(path);
@@ -240,6 +271,8 @@ static int open_listener(char *path)
 
 static _Noreturn void serve_all(char *path, char *module)
 {
+    /* One without a directory is searched for by the loader, when there is a client. */
+    if (strchr(module, '/') && access(module, R_OK) != 0) fail(module, strerror(errno));
     int listener = open_listener(path);
     pid_t server = getpid();
     listening_at = path;

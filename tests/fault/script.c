@@ -257,12 +257,21 @@ static bool choose_functions(struct rule *rule, const char *pattern, unsigned ne
     return true;
 }
 
+static bool is_among(char *const *words, char *const *end, const char *word)
+{
+    for (; words < end; words++)
+        if (is(*words, word)) return true;
+    return false;
+}
+
 static bool read_rule(struct rule *rule, char **word)
 {
     const char *pattern = *word++, *need = NULL;
+    char *const *conditions = word;
     unsigned needs = 0;
     rule->probability = 1;
     for (; *word; word++) {
+        if (is_among(conditions, word, *word)) return wrong(rule->line, "%s is there twice", *word);
         uint64_t *number = is(*word, "after")   ? &rule->after
                            : is(*word, "every") ? &rule->every
                            : is(*word, "times") ? &rule->times

@@ -549,8 +549,10 @@ def test_channel_of_too_few_or_too_many_descriptors(worker: Worker) -> None:
     with Client(worker.socket) as client:
         assert client.hangs_up_on([])
         assert client.hangs_up_on([lines.memory(size=0), lines.memory()])
-        client.control.sendall(b"ccc")
         assert client.is_alive()
+        client.control.sendall(b"c")  # without any: that is no client
+        client.control.settimeout(8)
+        assert client.control.recv(1) == b""
 
 
 @pytest.mark.parametrize("state", [state for state in STATES if state != lines.DOZING])

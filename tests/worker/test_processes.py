@@ -6,12 +6,17 @@ import os
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
-from demo.members import SoftToken, Worker
-from tests.conftest import GroupFactory
+import pytest
+
+from demo.members import SoftToken, Worker, softhsm
+from tests.conftest import ROOT, GroupFactory
 from tests.ha.app import until
+from tests.ha.conftest import StartFactory
 from tests.ha.program import Program
+from tests.worker.conftest import WorkerFactory
 from tests.worker.processes import children, processes, started_by, state
 
 Tokens = tuple[SoftToken, SoftToken]
@@ -226,6 +231,62 @@ def test_socket_that_was_left_behind_is_taken_over(tokens: Tokens, directory: Pa
         first.terminate()
         assert first.wait(timeout=10) == 0
     assert not path.exists()
+
+
+def test_listening_takes_nobodys_place(tokens: Tokens, directory: Path) -> None:
+    """Two arguments that were swapped must not cost the vendor's library."""
+    precious, socket_path = directory / "precious.so", directory / "hsm.sock"
+    precious.write_text("precious")
+    for path, module, says in (
+        (precious, softhsm(), f"{precious}: is there and no socket"),
+        (socket_path, directory / "none.so", f"{directory}/none.so: No such file or directory"),
+    ):
+        command = [*Worker(tokens[0], path).command()[:2], str(path), str(module)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        assert (done.returncode, done.stderr) == (1, f"pkcs11-ha-worker: {says}\n")
+    assert precious.read_text() == "precious"
+    assert not socket_path.exists()
+
+
+def test_who_says_nothing_of_ours_is_not_served(tokens: Tokens, listening: WorkerFactory) -> None:
+    worker = listening(tokens[0])
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"g" + b"rubbish"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(8)
+            connection.connect(str(worker.socket))
+            connection.sendall(said)
+            with suppress(ConnectionResetError):  # it did not read all
+                while connection.recv(1 << 16):
+                    pass
+
+
+def test_stopped_worker_is_continued_some_day(tokens: Tokens, start: StartFactory) -> None:
+    """Else it would outlive an application that ends meanwhile (timers: proc(5))."""
+    start(tokens[0].member(host="worker"))
+    (worker,) = started_by(os.getpid())
+    assert f"signal: {signal.SIGCONT:d}/" in Path(f"/proc/{worker}/timers").read_text()
+
+
+@pytest.mark.timeout(15)  # the limit of its calls is longer
+def test_what_the_library_has_started_dies_with_its_worker(
+    tokens: Tokens, start: StartFactory, directory: Path
+) -> None:
+    """And does not hide its death, though it has a copy of every descriptor."""
+    flags = "-std=c11 -Wall -Wextra -Werror -shared -fPIC -Wl,-Bsymbolic".split()
+    library = directory / "libforking.so"
+    source = Path(__file__).with_name("forking.c")
+    subprocess.run(["cc", *flags, f"-I{ROOT / 'include'}", "-o", library, source, "-ldl"], check=True)
+    env = tokens[0].env | {"FORKING_MODULE": str(softhsm())}
+    east = tokens[0].member(host="worker", module=str(library), env=env)
+    app = start(east, tokens[1].member(), balance="primary-first")
+    session = app.open()
+    session.random(1)
+    (worker,) = [pid for pid in started_by(os.getpid()) if children(pid)]
+    (kept,) = children(worker)
+    os.kill(worker, signal.SIGKILL)
+    session.random(1)
+    assert app.served(session) == "west"
+    until(lambda: gone(worker, kept), "both are gone")
 
 
 def test_limit_of_file_sizes_is_no_death_of_the_application(
