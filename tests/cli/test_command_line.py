@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import typer
+from rich.markup import render
 from typer.main import get_command
 
 from pkcs11_ha.cli import main, run
@@ -120,6 +121,41 @@ def test_help_is_there_and_fits(path: tuple[str, ...]) -> None:
     assert "Usage: " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert ALL[path].help
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_nothing_is_no_value(path: tuple[str, ...]) -> None:
+    """Also not of an option: an unset variable of a script must not mean all, or the usual."""
+    given = ["x" for _ in arguments_of(path)]
+    for number, each in enumerate(arguments_of(path)):
+        line = misused(*path, *given[:number], "", *given[number + 1 :])
+        assert f"'{each.metavar}': it is empty: " in line
+    for option in ALL[path].params:
+        if option.param_type_name == "option" and not option.is_flag:
+            line = misused(*path, *given, option.opts[0], "")
+            assert f"'{option.opts[0]}': it is empty: leave it out, or say {option.metavar}: " in line
+
+
+def test_what_is_not_utf8_is_named() -> None:
+    said = "p11ha: '\\xff\\xfe' is not UTF-8 text: names and paths must be"
+    for line in (["demo-menu", "--module"], ["group", "rename", "prod"], ["luna", "hagroup"], []):
+        assert misused(*line, "\udcff\udcfe") == said
+    assert "'/tmp/ü\\xff'" in misused("ha", "log", "file:/tmp", "--config", "/tmp/ü\udcff")
+
+
+def test_a_number_out_of_bounds_is_told_them() -> None:
+    for wrong in ("nan", "0", "1e400", "3601", "1_0", "often"):
+        assert "expected a number of seconds from 0.1 to 3600" in misused("watch", "--interval", wrong)
+    for wrong in ("-1", "1.0", "18446744073709551616", "x"):
+        assert "expected a slot number" in misused("demo-menu", "--slot", wrong)
+    assert "a number below 0 (-1) means nothing here: type p11ha explain" in misused("explain", "-1")
+
+
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_no_help_is_taken_for_markup(path: tuple[str, ...]) -> None:
+    """rich would leave out what stands in brackets."""
+    for text in (ALL[path].help, *(getattr(each, "help", None) for each in ALL[path].params)):
+        assert text is None or render(text).plain == text
 
 
 def test_a_typo_in_an_option_is_recognised() -> None:

@@ -228,7 +228,7 @@ def discover(
     path: ConfigPath = "",
     as_json: Json = False,
 ) -> None:
-    """List a library's tokens as [[member]] entries, ready to be pasted."""
+    """List a library's tokens as members of the configuration, ready to be pasted."""
     where, more = _readable(module), _loading(env or (), init_args)
     answer = tokens.ask(Question({"name": "any", "module": where, "token": ANY} | more, "", _PATIENCE_S))
     if answer.problem and not answer.tokens:

@@ -19,7 +19,7 @@ from rich.console import Console
 from pkcs11_ha import config
 from pkcs11_ha.cli import screen, segments
 from pkcs11_ha.cli import status as statuses
-from pkcs11_ha.cli.options import ConfigPath, Json
+from pkcs11_ha.cli.options import ConfigPath, Json, given
 from pkcs11_ha.log import EVENTS, IDENT, parse_target
 
 app = typer.Typer()
@@ -87,17 +87,21 @@ def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[str, ...])
 
 @app.command()
 def watch(
-    every_s: Annotated[
-        float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between looks.")
-    ] = 1.0,
+    interval: Annotated[
+        str, typer.Option("--interval", metavar="SECONDS", help="Seconds between looks.")
+    ] = "1",
     path: ConfigPath = "",
 ) -> None:
     """Show live what running processes show: q quits, s sorts, f filters."""
     from pkcs11_ha.cli import watch as watching
 
+    every_s = float(given(watching.INTERVAL, interval, "--interval"))
     console = Console()
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or console.is_dumb_terminal:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise fail("watch needs a terminal: p11ha status shows the same once")
+    if console.is_dumb_terminal:
+        term = os.environ.get("TERM", "")
+        raise fail(f"watch cannot draw with TERM={term}: set another, or p11ha status shows the same once")
     with suppress(KeyboardInterrupt):
         watching.watch(_look(path), every_s, console)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from contextlib import suppress
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 from pkcs11_ha import config
 from pkcs11_ha.cli import complete
-from pkcs11_ha.config import OPTIONS, Config, Option
+from pkcs11_ha.config import OPTIONS, Config, Form, Option
 
 ConfigPath = Annotated[
     str,
@@ -50,11 +51,12 @@ def option(section: str, name: str) -> Option:
 
 
 def value(section: str, name: str, text: str, hint: str) -> Any:
-    """What is to be written for an option given as `text`; raises BadParameter, naming `hint`, if it cannot be that.
+    """What is to be written for an option given as `text`; raises BadParameter, naming `hint`, if it cannot be that."""
+    return given(option(section, name).form, text, hint)
 
-    Where the option takes a string the text is one; else it is read as TOML: a number, true, { … }.
-    """
-    form = option(section, name).form
+
+def given(form: Form, text: str, hint: str) -> Any:
+    """The text, or the number it is, whichever has the form; raises BadParameter, naming `hint`, if neither has."""
     problem = ""
     for candidate in _readings(text):
         try:
@@ -68,6 +70,7 @@ def value(section: str, name: str, text: str, hint: str) -> Any:
 
 def _readings(text: str) -> list[Any]:
     readings: list[Any] = [text]
-    with suppress(tomllib.TOMLDecodeError, RecursionError):
-        readings.append(tomllib.loads(f"it = {text}")["it"])
+    if re.fullmatch(r"[-+0-9.eE]+", text):
+        with suppress(ValueError):
+            readings.append(tomllib.loads(f"it = {text}")["it"])
     return readings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +29,10 @@ _ClickException: Any = _UsageError.__base__
 
 def run(app: typer.Typer) -> int:
     """One command of the process's own command line; what its exit status is to be."""
+    odd = next((word for word in sys.argv[1:] if not _is_text(word)), "")
+    if odd:
+        shown = os.fsencode(odd).decode("utf-8", "backslashreplace")
+        return _say(f"{NAME}: '{shown}' is not UTF-8 text: names and paths must be", MISUSED)
     try:
         status = _run(app)
         sys.stdout.flush()
@@ -41,7 +46,7 @@ def run(app: typer.Typer) -> int:
 
 def _run(app: typer.Typer) -> int:
     try:
-        return int(get_command(app).main(prog_name=NAME, standalone_mode=False) or GOOD)
+        return int(_strict(app).main(prog_name=NAME, standalone_mode=False) or GOOD)
     except typer.Exit as error:
         return error.exit_code
     except SystemExit as error:
@@ -67,6 +72,43 @@ def _run(app: typer.Typer) -> int:
         return _say(f"{NAME}: {why} (set P11HA_DEBUG=1 for the traceback)", WRONG)
 
 
+def _is_text(word: str) -> bool:
+    """Bytes that are none come as halves of surrogate pairs."""
+    return not any("\ud800" <= c <= "\udfff" for c in word)
+
+
+def _strict(app: typer.Typer) -> Any:
+    """The commands, all of which refuse an empty value."""
+    command = get_command(app)
+    for parameter in _parameters(command):
+        _refuse_empty(parameter)
+    return command
+
+
+def _parameters(command: Any) -> Iterator[Any]:
+    """Of the command, and of all below it."""
+    yield from command.params
+    for each in getattr(command, "commands", {}).values():
+        yield from _parameters(each)
+
+
+def _refuse_empty(parameter: Any) -> None:
+    """Nothing is no value: an unset variable in a script must not count as an option that is left out."""
+    process = parameter.process_value
+
+    def checked(context: Any, value: Any) -> Any:
+        given = context.get_parameter_source(parameter.name)
+        values = value if isinstance(value, list | tuple) else [value]
+        if given is not None and given.name == "COMMANDLINE" and "" in values:
+            why = "it is empty"
+            if parameter.param_type_name == "option":
+                why += f": leave it out, or say {parameter.metavar}"
+            raise typer.BadParameter(why, ctx=context, param=parameter)
+        return process(context, value)
+
+    parameter.process_value = checked
+
+
 def _say(line: str, status: int) -> int:
     with suppress(OSError):
         typer.echo(one_line(line), err=True)
@@ -83,6 +125,9 @@ def misuse(error: Any) -> str:
     """What is wrong with the command line, and what to type instead."""
     context = error.ctx
     text = str(error.format_message()).rstrip(".")
+    option = getattr(error, "option_name", None) or ""
+    if option[1:2].isdigit():
+        text = f"a number below 0 ({option}) means nothing here"
     if context is None:
         return f"{NAME}: {text}: see {NAME} --help"
     command = context.command

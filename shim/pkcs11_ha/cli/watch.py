@@ -20,6 +20,17 @@ from rich.text import Text
 from pkcs11_ha.cli import screen, segments
 from pkcs11_ha.cli.screen import SORTS, Look
 from pkcs11_ha.cli.segments import Found, Process
+from pkcs11_ha.config import Form
+
+
+def _seconds(given: object) -> object:
+    if not isinstance(given, int | float) or not 0.1 <= given <= 3600:
+        raise ValueError
+    return given
+
+
+INTERVAL = Form("a number of seconds from 0.1 to 3600", _seconds)
+"""Between two looks."""
 
 _KEYS = {
     "\x1b[A": "up",

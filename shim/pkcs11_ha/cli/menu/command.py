@@ -18,15 +18,24 @@ from pkcs11_ha.cli.menu.client import CallError, Client
 from pkcs11_ha.cli.menu.desk import Options
 from pkcs11_ha.cli.menu.dialogue import Dialogue, NotDone, Script, Source, Terminal, numbered, script_of
 from pkcs11_ha.cli.menu.loop import Menu
+from pkcs11_ha.cli.options import given
+from pkcs11_ha.config import Form
+
+
+def _slot(given: object) -> object:
+    if not isinstance(given, int) or not 0 <= given < 1 << 64:
+        raise ValueError
+    return given
+
+
+_SLOT = Form("a slot number", _slot)
 
 
 def demo_menu(
     path: Annotated[
         Path | None, typer.Option("--module", metavar="PATH", help="A PKCS#11 module; else the group's own.")
     ] = None,
-    slot: Annotated[
-        int | None, typer.Option("--slot", metavar="N", min=0, help="The slot that Enter selects.")
-    ] = None,
+    number: Annotated[str, typer.Option("--slot", metavar="N", help="The slot that Enter selects.")] = "",
     script: Annotated[
         Path | None,
         typer.Option(
@@ -49,6 +58,7 @@ def demo_menu(
     ] = "",
 ) -> None:
     """Try a token by hand, by the numbers of CKDemo's menu."""
+    slot = given(_SLOT, number, "--slot") if number else None
     if config:
         os.environ["PKCS11_HA_CONF"] = config
     for stream in (sys.stdin, sys.stdout):
@@ -84,7 +94,8 @@ def _source(script: Path | None) -> Source:
 
 def _again(path: Path, slot: int | None, init_args: str) -> tuple[str, ...]:
     """The same module for a menu in another process."""
-    words = ["--module", str(path.absolute()), "--init-args", init_args]
+    words = ["--module", str(path.absolute())]
+    words += ["--init-args", init_args] if init_args else []
     return (*words, *(() if slot is None else ("--slot", str(slot))))
 
 
