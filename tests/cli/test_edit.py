@@ -14,7 +14,7 @@ import pytest
 from pkcs11_ha import config
 from pkcs11_ha.cli import edit
 from pkcs11_ha.cli.edit import EditError, edited, path_to_edit
-from tests.cli.p11ha import good, refused
+from tests.cli.p11ha import good, refused, run
 
 TIMES = 125
 PROCESSES = 8
@@ -142,6 +142,43 @@ def test_a_missing_file_is_begun_where_the_library_looks(tmp_path: Path) -> None
     assert not Path(f"{wanted}~").exists()
     # It is not complete, and the library says so; edits are what completes it.
     assert "at least one [[group]]" in refused("check", PKCS11_HA_CONF=str(wanted))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("group", "delete", "prod"),
+        ("group", "add-member", "prod", "east"),
+        ("member", "remove", "east"),
+        ("member", "add", "east", "/no/such/library.so", "pkcs11:token=east"),
+        ("luna", "ha", "rt", "-c", "3"),
+    ],
+)
+def test_what_is_refused_begins_no_file(tmp_path: Path, line: tuple[str, ...]) -> None:
+    for place in (tmp_path / "deep" / "ha.toml", tmp_path / "ha.toml"):
+        done = run(*line, PKCS11_HA_CONF=str(place))
+        assert (done.returncode, done.stdout) != (0, "")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_begin_a_file_at_once(conf: Path) -> None:
+    new = conf.with_name("new.toml")
+    late = edited(str(new))
+    late.__enter__().document.set("ha", {"only": False})
+    with edited(str(new)) as draft:
+        draft.document.set("ha", {"log": "off"})
+    with pytest.raises(EditError, match="meanwhile"):
+        late.__exit__(None, None, None)
+    assert 'log = "off"' in new.read_text()
+
+
+def test_a_file_of_lunas_is_not_edited(tmp_path: Path) -> None:
+    luna = tmp_path / "Chrystoki.conf"
+    luna.write_text("Chrystoki2 = {\n  LibUNIX64 = /bin/sh;\n}\n")
+    for line in (("ha", "retry", "3"), ("ha", "only", "off", "--dry-run"), ("group", "rename", "a", "b")):
+        said = refused(*line, ChrystokiConfigurationPath=str(tmp_path), PKCS11_HA_CONF="")
+        assert said == f"{luna} is Luna's own: p11ha import-luna {luna} makes a file that can be changed"
+    assert list(tmp_path.iterdir()) == [luna]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def edited(path: str = "", dry_run: bool = False) -> Iterator[Draft]:
     that cannot be loaded; whatever the body raises leaves the file as it is.
     """
     path = path or path_to_edit(os.environ)
+    _must_be_ours(path)
     target = Path(os.path.realpath(path))
     try:
         if dry_run:
@@ -79,16 +80,43 @@ def edited(path: str = "", dry_run: bool = False) -> Iterator[Draft]:
 
 @contextmanager
 def replacing(path: str) -> Iterator[Callable[[str], None]]:
-    """The lock of an edit, and what puts a new text in the file's place and keeps a backup; raises EditError."""
+    """The lock of an edit, and what puts a new text in the file's place and keeps a backup; raises EditError.
+
+    Where there is no file yet, the directory and the lock come into being with it, so that a refusal leaves nothing.
+    """
+    _must_be_ours(path)
     target = Path(os.path.realpath(path))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target) as replace:
-            yield replace
+        if target.exists():
+            with _locked(target) as replace:
+                yield replace
+        else:
+            _must_be_writable(target)
+            yield lambda text: _begin(path, target, text)
     except BrokenPipeError:
         raise  # of who reads what we say
     except OSError as error:
         raise EditError(f"{error.filename or path}: {error.strerror}") from None
+
+
+def _begin(path: str, target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target) as replace:
+        if target.exists():
+            raise EditError(f"{path}: another edit has made it meanwhile: try again")
+        replace(text)
+
+
+def _must_be_ours(path: str) -> None:
+    if config.is_luna(path):
+        raise EditError(f"{path} is Luna's own: p11ha import-luna {path} makes a file that can be changed")
+
+
+def _must_be_writable(target: Path) -> None:
+    """Raises OSError where no file can be made, before anything is shown of it."""
+    directory = next(parent for parent in target.parents if parent.exists())
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
 
 
 def _edit(path: str, target: Path, replace: Callable[[str], None] | None) -> Iterator[Draft]:

@@ -26,10 +26,6 @@ def apply(path: str, change: Change) -> Config:
 
     All edits of Luna's commands come through here.
     """
-    if config.is_luna(path):
-        raise OperatorError(
-            f"{path} is Luna's own: p11ha import-luna {path} makes a file that can be changed"
-        )
     with _replacing(path) as replace:
         document = tomlkit.parse(read(path) if Path(path).exists() else "")
         change(document)
