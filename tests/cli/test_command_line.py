@@ -162,6 +162,17 @@ def test_a_typo_in_an_option_is_recognised() -> None:
     assert "--config" in misused("status", "--cofig", "x")
 
 
+@pytest.mark.parametrize("line", [["recover", "prod"], ["drain", "--force", "east"], ["enable", "east"]])
+def test_a_state_directory_that_nobody_uses(conf: Path, line: list[str]) -> None:
+    """It may be mistyped: it is not made."""
+    done = run_here(*line)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"{conf.parent}/state: there is no such state directory, so no application uses it:"
+        " set PKCS11_HA_STATE to theirs, or make it\n"
+    )
+
+
 # ---- what else may happen
 
 

@@ -114,7 +114,14 @@ def _settings(path: str) -> Config:
 
 
 def _directory() -> str:
-    return requests.directory(config.state_dir(os.environ))
+    """Where requests are written.  Applications make it when they begin: what they have not made may be mistyped."""
+    state_dir = config.state_dir(os.environ)
+    if not os.path.isdir(state_dir):  # noqa: PTH112 (as it was given)
+        raise _fail(
+            f"{state_dir}: there is no such state directory, so no application uses it:"
+            " set PKCS11_HA_STATE to theirs, or make it"
+        )
+    return requests.directory(state_dir)
 
 
 def _group_of(settings: Config, member: str) -> GroupConfig:
