@@ -225,8 +225,8 @@ def _choice(names: Sequence[str], later: Sequence[str] = ()) -> Form:
 
 
 def _is_seconds(given: Any) -> bool:
-    # 1e9 s is a number of nanoseconds that fits 64 bits; the bound also refuses inf and nan.
-    return _is_number(given) and 0 < given <= 1e9
+    # A whole nanosecond at least, and a number of them that fits 64 bits; the bounds also refuse inf and nan.
+    return _is_number(given) and 1e-9 <= given <= 1e9
 
 
 def _timeouts(given: Any) -> Timeouts:
@@ -267,13 +267,13 @@ def _log_spec(given: str) -> str:
 
 _BOOLEAN = _form("true or false", lambda given: isinstance(given, bool))
 _TEXT = _form("a string", _is_text)
-_SECONDS = _form("a number of seconds above 0", _is_seconds)
+_SECONDS = _form("a number of seconds from 1e-9 to 1e9", _is_seconds)
 _TIMEOUTS = Form(
-    'a number of seconds above 0, a table of such by class, or "none"',
+    'a number of seconds from 1e-9 to 1e9, a table of such by class, or "none"',
     _timeouts,
 )
 _ATTEMPTS = _form(
-    "a whole number, -1 or more",
+    "a whole number from -1 to 2147483647",
     lambda given: _is_number(given) and isinstance(given, int) and -1 <= given < 2**31,
 )
 _COPIES = _form(
@@ -742,11 +742,20 @@ def log_of(path: str) -> tuple[str, str, int]:
     return found["log"], found["log_format"], found["log_max_bytes"]
 
 
+_BEGIN = "p11ha member add begins one, PKCS11_HA_CONF or --config names another"
+
+
 def read(path: str) -> str:
     """The text of a configuration file; raises ConfigError."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:
+        # A FIFO that nobody writes to must not hold up C_Initialize.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(path, None, "", "not a regular file")
             data = file.read()
+    except FileNotFoundError as error:
+        begin = "" if is_luna(path) else f": {_BEGIN}"
+        raise ConfigError(path, None, "", f"{_reason(error)}{begin}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(path, None, "", _reason(error)) from None
     try:
@@ -828,6 +837,10 @@ def _toml(text: str, path: str) -> dict[str, Any]:
     """The tables of the file, which may be Luna's."""
     if is_luna(path):
         return _luna(text, path).tables()
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            path, 1, "", "begins with a byte order mark, which TOML has not: save it as UTF-8 without one"
+        )
     try:
         return tomllib.loads(text)
     except RecursionError:

@@ -320,6 +320,8 @@ def test_answers_that_nobody_asks_for_and_answers_that_are_missing() -> None:
     ended = run(*BARE, typed="11\n")
     assert "Status: not done : the script ends where an answer is asked for" in ended.stdout
     assert ended.returncode == 1
+    empty = run(*BARE, typed="108\n\n")
+    assert "Status: not done : the answer is empty where one is asked for: " in empty.stdout
 
 
 @pytest.mark.usefixtures("bare")

@@ -74,6 +74,9 @@ def test_a_section_that_is_there_is_not_filled(conf: Path) -> None:
         (["interval", "1200"], ""),
         (["retry", "0"], "recovery is off"),
         (["retry", "1"], ""),
+        (["log", "file:/tmp"], "/tmp is a directory: no line can be written"),
+        (["log", "file:/no/x.log"], "there is no directory /no: no line can be written"),
+        (["log", "file:/tmp/x.log"], ""),
     ],
 )
 def test_what_is_unusual_is_done_and_said(conf: Path, line: list[str], note: str) -> None:
@@ -88,7 +91,10 @@ def test_what_is_unusual_is_done_and_said(conf: Path, line: list[str], note: str
     [
         *(
             ["interval", wrong]
-            for wrong in ("0", "-1", "-0.5", "nan", "inf", "1e10", "sixty", "", "60 s", "0x", "[1]")
+            for wrong in (
+                *("0", "-1", "-0.5", "nan", "inf", "1e10", "1e400", "1e-320", "1_000", "0x10", "sixty", ""),
+                *("60 s", "0x", "[1]"),
+            )
         ),
         *(["retry", wrong] for wrong in ("-2", "1.5", "many", "", "true", "99999999999", "--", "-x")),
         *(["recovery-mode", wrong] for wrong in ("activeBasic", "CALL", "")),

@@ -36,7 +36,7 @@ from pkcs11_ha.uri import parse_token_uri
 
 EAST = '[[member]]\nname = "east"\nmodule = "/usr/lib/m.so"\ntoken = "pkcs11:token=east"\n'  # 4 lines
 WEST = EAST.replace("east", "west")
-TIMEOUTS = 'member.call_timeout_s: expected a number of seconds above 0, a table of such by class, or "none"'
+TIMEOUTS = 'member.call_timeout_s: expected a number of seconds from 1e-9 to 1e9, a table of such by class, or "none"'
 PROD = '[[group]]\nlabel = "prod"\nmembers = ["east", "west"]\n'
 
 
@@ -264,21 +264,50 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("ha", 'manufacturer = "a\\nb"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),
         ("ha", f'manufacturer = "{NAME32}"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),
         ("ha", f'manufacturer = "{"ö" * 17}"', f"ha.manufacturer: expected 0 to 32 {BLANKS}"),
-        ("recovery", "interval_s = 0", "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", "interval_s = -1.5", "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", "interval_s = nan", "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", "interval_s = inf", "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", "interval_s = true", "recovery.interval_s: expected a number of seconds above 0"),
-        ("recovery", 'interval_s = "60"', "recovery.interval_s: expected a number of seconds above 0"),
+        ("recovery", "interval_s = 0", "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9"),
+        (
+            "recovery",
+            "interval_s = 1e-320",
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
+        (
+            "recovery",
+            "interval_s = -1.5",
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
+        (
+            "recovery",
+            "interval_s = nan",
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
+        (
+            "recovery",
+            "interval_s = inf",
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
+        (
+            "recovery",
+            "interval_s = true",
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
+        (
+            "recovery",
+            'interval_s = "60"',
+            "recovery.interval_s: expected a number of seconds from 1e-9 to 1e9",
+        ),
         (
             "recovery",
             f"connect_timeout_s = 1{'0' * 400}",
-            "recovery.connect_timeout_s: expected a number of seconds above 0",
+            "recovery.connect_timeout_s: expected a number of seconds from 1e-9 to 1e9",
         ),
-        ("recovery", "attempts = -2", "recovery.attempts: expected a whole number, -1 or more"),
-        ("recovery", "attempts = 1.0", "recovery.attempts: expected a whole number, -1 or more"),
-        ("recovery", "attempts = true", "recovery.attempts: expected a whole number, -1 or more"),
-        ("recovery", "attempts = 2147483648", "recovery.attempts: expected a whole number, -1 or more"),
+        ("recovery", "attempts = -2", "recovery.attempts: expected a whole number from -1 to 2147483647"),
+        ("recovery", "attempts = 1.0", "recovery.attempts: expected a whole number from -1 to 2147483647"),
+        ("recovery", "attempts = true", "recovery.attempts: expected a whole number from -1 to 2147483647"),
+        (
+            "recovery",
+            "attempts = 2147483648",
+            "recovery.attempts: expected a whole number from -1 to 2147483647",
+        ),
         ("recovery", 'mode = "thread"', 'recovery.mode: expected "call" or "background"'),
         ("recovery", "mode = []", 'recovery.mode: expected "call" or "background"'),
         ("member", "env = 1", "member.env: expected a table of strings"),
@@ -650,7 +679,13 @@ def test_dos_file_is_read_and_its_lines_are_counted(written: Path) -> None:
 
 
 def test_file_that_is_missing_or_no_file_is_refused(tmp_path: Path) -> None:
-    assert refused_file(tmp_path / "none") == f"{tmp_path}/none: No such file or directory"
+    assert refused_file(tmp_path / "none") == (
+        f"{tmp_path}/none: No such file or directory: p11ha member add begins one, PKCS11_HA_CONF or --config"
+        " names another"
+    )
+    assert refused_file(tmp_path / "x.conf") == f"{tmp_path}/x.conf: No such file or directory"
+    os.mkfifo(tmp_path / "fifo")
+    assert refused_file(tmp_path / "fifo") == f"{tmp_path}/fifo: not a regular file"
     assert refused_file(tmp_path) == f"{tmp_path}: Is a directory"
     assert re.fullmatch(r"/a\\x00b: .*null.*", refused_file(Path("/a\0b")))  # Python's words, which change
 
@@ -658,6 +693,10 @@ def test_file_that_is_missing_or_no_file_is_refused(tmp_path: Path) -> None:
 def test_file_that_is_not_utf8_is_refused_at_its_line(written: Path) -> None:
     written.write_bytes(b"# a\n# \xff\n")
     assert refused_file(written) == f"{written}:2: not UTF-8"
+    written.write_bytes(b"\xef\xbb\xbf[ha]\n")
+    assert refused_file(written) == (
+        f"{written}:1: begins with a byte order mark, which TOML has not: save it as UTF-8 without one"
+    )
 
 
 def test_module_that_is_missing_is_refused_at_its_line(written: Path) -> None:

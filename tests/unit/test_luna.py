@@ -108,7 +108,7 @@ def test_who_stands_by_is_said_to_be_unknown() -> None:
         (
             "reconnAtt = 5;",
             "reconnAtt = -7;",
-            "9: HAConfiguration.reconnAtt: expected a whole number, -1 or more",
+            "9: HAConfiguration.reconnAtt: expected a whole number from -1 to 2147483647",
         ),
         ("reconnAtt = 5;", "HAOnly = yes;", "9: HAConfiguration.HAOnly: expected 1 or 0"),
         (

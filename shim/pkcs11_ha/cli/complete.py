@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tomllib
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -35,8 +34,8 @@ def codes_and_events(incomplete: str) -> list[str]:
 def _names(context: typer.Context, section: str, key: str, incomplete: str) -> list[str]:
     """Of the file that --config names, else of that which the library uses, also while it has other mistakes."""
     path = context.params.get("path") or config.find_path(os.environ)
-    with suppress(OSError, ValueError, RecursionError):
-        tables: Any = tomllib.loads(Path(path).read_text(encoding="utf-8")).get(section)
+    with suppress(config.ConfigError, ValueError, RecursionError):
+        tables: Any = tomllib.loads(config.read(path)).get(section)
         rows = tables if isinstance(tables, list) else []
         names = [row.get(key) for row in rows if isinstance(row, dict)]
         return [name for name in names if isinstance(name, str) and name.startswith(incomplete)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from pkcs11_ha.cli.document import Document
 from pkcs11_ha.cli.edit import Draft, edited
 from pkcs11_ha.cli.options import ConfigPath, DryRun, Json, load, option, value
 from pkcs11_ha.config import OPTIONS
+from pkcs11_ha.log import parse_target
 
 app = typer.Typer(
     no_args_is_help=True, help="What holds for all groups: recovery, log, what slots are shown."
@@ -138,6 +140,16 @@ def _log(target: str, path: str = "", dry_run: bool = False, **more: str) -> Non
         raise typer.BadParameter(f"expected {option('ha', 'log').form.words}", param_hint="TARGET")
     with edited(path, dry_run) as draft:
         draft.document.set("ha", said)
+        problem = _problem_of_log(Path(parse_target(target))) if target.startswith("file:") else ""
+        if problem:
+            draft.note(f"{problem}: no line can be written")
+
+
+def _problem_of_log(file: Path) -> str:
+    """Why no application could write there, as far as this one can see."""
+    if file.is_dir():
+        return f"{file} is a directory"
+    return "" if file.parent.is_dir() else f"there is no directory {file.parent}"
 
 
 def _log_signature() -> inspect.Signature:

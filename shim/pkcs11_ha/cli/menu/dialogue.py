@@ -210,7 +210,11 @@ class Dialogue:
                 raise EndOfInput
             try:
                 if not text and default is None:
-                    raise ValueForm("nothing was typed (Ctrl-C: back to the menu)")
+                    raise ValueForm(
+                        "nothing was typed (Ctrl-C: back to the menu)"
+                        if self.source.interactive
+                        else f"the answer is empty where one is asked for: {prompt}"
+                    )
                 return read(text or default or "")
             except ValueForm as error:
                 self._refuse(error)
