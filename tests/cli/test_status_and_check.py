@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from demo.members import SoftToken
+from pkcs11_ha.cli.status import GroupStatus, MemberStatus, show
 from tests.conftest import GroupFactory, ServerFactory, SoftTokenFactory
 
 P11HA = Path(sys.executable).parent / "p11ha"
@@ -36,6 +39,17 @@ def test_status_lists_members_as_luna_does(east: SoftToken, west: SoftToken, gro
     assert shown.returncode == 0, shown.stderr
     listing = ["HA group 1599447001 status:", f"HSM {east.serial} - CKR_OK", f"HSM {west.serial} - CKR_OK"]
     assert shown.stdout.splitlines()[-3:] == listing
+
+
+def test_a_narrow_terminal_folds_and_leaves_nothing_out() -> None:
+    lost = MemberStatus("east-1", "aaaaaaaaaaaaaaaa", "standby", "CKR_TOKEN_NOT_PRESENT", "no [such] file")
+    out = io.StringIO()
+    show([GroupStatus("production-of-cards", "1a", 7, "", (lost,))], Console(file=out, width=40))
+    table, _, _ = out.getvalue().partition("\n\n")
+    assert max(map(len, table.splitlines())) <= 40
+    for word in ("producti", "slot 7", "east-1", "standby", "CKR_TOKEN_", "[such]"):
+        assert word in table
+    assert out.getvalue().endswith("\nHSM aaaaaaaaaaaaaaaa - CKR_TOKEN_NOT_PRESENT\n")
 
 
 @pytest.mark.usefixtures("module")

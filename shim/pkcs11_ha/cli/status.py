@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pkcs11_ha import ck
 from pkcs11_ha.cli import segments
@@ -149,26 +150,48 @@ def as_json(groups: list[GroupStatus]) -> dict[str, object]:
 
 def show(groups: list[GroupStatus], console: Console) -> None:
     """A table, then the listing that people who know Luna's tools look for."""
-    table = Table("group", "slot", "member", box=None, header_style="bold")
-    for name in ("serial", "role", "status"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for group in groups:
-        for member in group.members:
-            good = member.status == ck.rv_name(ck.CKR_OK)
-            colour = "green" if good else "red"
-            table.add_row(
-                group.label,
-                str(group.slot),
-                member.name,
-                member.serial,
-                member.role,
-                f"[{colour}]{member.status}[/]",
-                member.why,
-            )
+    table = _wide(groups) if console.width >= _WIDE else _narrow(groups)
     console.print(table)
     for group in groups:
         console.print()
         console.print(f"HA group {group.serial} status:", highlight=False)
         for member in group.members:
             console.print(f"HSM {member.serial} - {member.status}", highlight=False, soft_wrap=True)
+
+
+_WIDE = 80
+
+
+def _wide(groups: list[GroupStatus]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for name in ("group", "slot", "member"):
+        table.add_column(name, overflow="fold")
+    for name in ("serial", "role", "status"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for group in groups:
+        for m in group.members:
+            table.add_row(
+                Text(group.label), str(group.slot), m.name, m.serial, m.role, _coloured(m), Text(m.why)
+            )
+    return table
+
+
+def _narrow(groups: list[GroupStatus]) -> Table:
+    """The same, but for the serials that stand below, in three columns that fold."""
+    table = Table(box=None, header_style="bold")
+    for name in ("group", "member", "status"):
+        table.add_column(name, overflow="fold")
+    for group in groups:
+        for m in group.members:
+            table.add_row(
+                Text(f"{group.label}\nslot {group.slot}"),
+                f"{m.name}\n{m.role}",
+                _coloured(m).append(f"\n{m.why}"),
+            )
+    return table
+
+
+def _coloured(member: MemberStatus) -> Text:
+    good = member.status == ck.rv_name(ck.CKR_OK)
+    return Text().append(member.status, "green" if good else "red")
