@@ -139,3 +139,6 @@ def test_ctrl_c_ends_it() -> None:
 def test_without_a_terminal_it_says_what_to_type() -> None:
     done = p11ha("watch", status=1)
     assert done.stderr == "watch needs a terminal: p11ha status shows the same once\n"
+    with Terminal(WATCH, TERM="dumb") as terminal:
+        assert terminal.ends() == 1
+    assert b"TERM=dumb: set another" in terminal.raw
