@@ -105,7 +105,6 @@ def test_filters(made: Group) -> None:
     ]
     rotated(made, b"".join(lines))
     assert numbers(p11ha("events", "prod").stdout) == [1, 2, 3, 4]
-    assert numbers(p11ha("events", "test").stdout) == []
     assert numbers(p11ha("events", "--member", "east").stdout) == [1, 3, 4]
     assert numbers(p11ha("events", "--event", "member.*").stdout) == [1, 2, 3]
     moment = datetime.fromtimestamp((AT_MS + 3) / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
@@ -207,6 +206,38 @@ def test_wrong_use_is_said(arguments: tuple[str, ...], status: int, says: str, m
     assert not made.log.exists()
     said = p11ha("events", *arguments, status=status, COLUMNS="200").stderr
     assert says in said
+
+
+def test_names_that_nobody_knows_are_said(made: Group) -> None:
+    append(made.log, log.line(log.describe(Event("member.lost", "old", "west", {"number": 1})), AT_MS, 1))
+    for arguments, says in (
+        (("prid",), "no group 'prid': there is prod"),
+        (("--member", "eats"), "no member 'eats': there is east"),
+        (("prod", "--member", "west"), "no member 'west' in group prod: there is east"),
+        (("prid", "--follow"), "no group 'prid': there is prod"),
+    ):
+        done = p11ha("events", *arguments, status=1)
+        assert (done.stdout, done.stderr) == ("", says + "\n")
+    assert p11ha("events", "prod", "--member", "east").stdout == ""  # known, and nothing happened to it
+    assert numbers(p11ha("events", "old").stdout) == [1]  # no longer configured
+    assert numbers(p11ha("events", "--member", "west").stdout) == [1]
+    assert p11ha("events", "old", "--event", "login.refused").stdout == ""
+
+
+def test_who_reads_no_further_is_no_fault_of_the_log(made: Group) -> None:
+    rotated(made, b"".join(written(number) for number in range(3000)))  # more than a pipe holds
+    with subprocess.Popen([P11HA, "events"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, b"")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([P11HA, "events"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert str(made.log) not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,10 +19,13 @@ from rich.console import Console
 from pkcs11_ha import config
 from pkcs11_ha.cli import screen, segments
 from pkcs11_ha.cli import status as statuses
-from pkcs11_ha.cli.options import ConfigPath, Json, given
+from pkcs11_ha.cli.options import ConfigPath, Json, given, load
+from pkcs11_ha.core.reload import names_of
 from pkcs11_ha.log import EVENTS, IDENT, parse_target
 
 app = typer.Typer()
+
+T = TypeVar("T")
 
 
 def fail(text: str) -> typer.Exit:
@@ -158,15 +161,38 @@ def events(
         begin = logged.since(since, datetime.now(UTC)) if since else None
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--since") from None
-    log = _log_file(path or config.find_path(os.environ))
+    configuration = path or config.find_path(os.environ)
+    log = _log_file(configuration)
+    unknown = _unknown(configuration, group, member)
+    if unknown and next(_readable(log, logged.read(log, logged.Wanted(group, member))), None) is None:
+        raise fail(unknown)
     wanted = logged.Wanted(group, member, event, begin)
-    try:
-        for entry in logged.follow(log, wanted) if follow else logged.read(log, wanted):
+    with suppress(KeyboardInterrupt):
+        for entry in _readable(log, logged.follow(log, wanted) if follow else logged.read(log, wanted)):
             typer.echo(json.dumps(entry.as_json()) if as_json else entry.text())
+
+
+def _readable(log: Path, entries: Iterator[T]) -> Iterator[T]:
+    """What is read, and in a line why no more can be; what goes wrong with printing it is no fault of the log."""
+    try:
+        yield from entries
     except OSError as error:
         raise fail(f"{log}: {error.strerror}") from None
-    except KeyboardInterrupt:
-        return
+
+
+def _unknown(configuration: str, group: str, member: str) -> str:
+    """Which of the names the configuration does not have, in a line; empty also where that cannot be told."""
+    try:
+        settings = load(configuration)
+    except config.ConfigError:
+        return ""
+    labels = [each.label for each in settings.groups]
+    if group and group not in labels:
+        return f"no group {group!r}: there is {', '.join(labels) or 'none'}"
+    names = [n for each in settings.groups if group in ("", each.label) for n in names_of(each)]
+    if member and member not in names:
+        return f"no member {member!r}{f' in group {group}' if group else ''}: there is {', '.join(names) or 'none'}"
+    return ""
 
 
 def _log_file(configuration: str) -> Path:
