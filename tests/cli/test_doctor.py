@@ -20,8 +20,10 @@ from pkcs11_ha import ck, config
 from pkcs11_ha.cli import doctor
 from pkcs11_ha.cli.doctor import NOTE, OK, WRONG, examine, is_good, may
 from pkcs11_ha.cli.facts import Build, Facts, File, LogFacts, MemberFacts, Place, User, WorkerProcess
+from pkcs11_ha.cli.segments import Found as Segments
 from tests.cli.test_status_and_check import run
 from tests.conftest import GroupFactory, ServerFactory, SoftTokenFactory
+from tests.observe.made import segment
 
 
 @pytest.fixture
@@ -143,7 +145,9 @@ def test_what_dead_processes_left_and_what_applications_cannot_write(
     east: SoftToken, group: GroupFactory
 ) -> None:
     where = group(east.member(), ha={"log_max_bytes": 4096}, recovery={"interval_s": 1})
-    (where.state / "1-1.segment").touch()
+    (where.state / "1-1.segment").write_bytes(segment(pid=1, started=1))
+    (where.state / "1-2.segment").symlink_to("/etc/passwd")
+    (where.state / "1-3.segment").write_bytes(b"\xff" * 40_000)
     mine = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
     (where.state / f"{os.getpid()}-{mine}.segment").touch()
     where.state.parent.chmod(0o755)
@@ -151,8 +155,17 @@ def test_what_dead_processes_left_and_what_applications_cannot_write(
     assert [each["text"] for each in found if each["about"] == "recovery"] == [
         "interval_s = 1 is less than the usual 60, and a call waits up to 5 s for each attempt"
     ]
-    (stale,) = [each["text"] for each in found if each["about"] == "state directory"]
+    told = [(each["text"], each["cure"]) for each in found if each["about"] == "state directory"]
+    stale, *foreign = [text for text, _ in told]
     assert stale.startswith(f"status files of processes that are gone: 1, {where.state / '1-1.segment'}")
+    assert foreign == [
+        f"{where.state}/1-2.segment: a symbolic link",
+        f"{where.state}/1-3.segment: not a status segment",
+    ]
+    assert foreign == run("status", "--probe").stderr.splitlines()  # the same there
+    for _, cure in told[1:]:
+        subprocess.run(cure, shell=True, check=True)
+    assert not [each for each in consult()[1] if each["about"] == "state directory"]  # the first: by itself
     if os.geteuid() == 0:
         texts = wrong(consult("--user", "nobody")[1])
         assert f"nobody cannot write to {where.log}: its events go to syslog" in texts
@@ -216,7 +229,7 @@ GOOD = Facts(
     settings=config.parse(CONFIG, "/etc/x.toml"),
     problem="",
     state_dir="/state",
-    stale=(),
+    found=Segments((), ()),
     log=LogFacts("/log/ha.log", 0, 1 << 30, 1000),
     members=(member("east"), member("west"), member("north")),
     unread="",

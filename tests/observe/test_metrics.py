@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from pkcs11_ha.cli.metrics import SegmentCollector, address, text
-from pkcs11_ha.cli.segments import Found, parse
+from pkcs11_ha.cli.segments import Found, Skipped, parse
 from pkcs11_ha.spec.segment import BUCKETS
 from tests.conftest import ROOT, GroupFactory, SoftTokenFactory
 from tests.observe.conftest import P11HA, ClientFactory, p11ha
@@ -33,7 +33,7 @@ TWO = Found(
         parse(segment(pid=1, started=1, records=(WORK, record())), "1-1.segment"),
         parse(segment(LOST, pid=2, started=2, records=(WORK, record())), "2-2.segment"),
     ),
-    ("x.segment: not a file",),
+    (Skipped("x.segment", "not a file", "rm x.segment"),),
 )
 
 

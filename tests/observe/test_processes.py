@@ -246,16 +246,31 @@ def test_bad_files_are_named_and_passed_over(
         "truncated: ": put(made.state, os.getppid(), segment(pid=os.getppid())[:-100]),
         "of format 7, ": put(made.state, me, segment(version=7)),
         "not the name of a status segment": made.state / "x.segment",
-        "not a file": made.state / "1-1.segment",
     }
     bad["not the name of a status segment"].write_bytes(segment())
     started = bad["of format 7, "].name.split("-")[1]
     fifo = made.state / f"{me}-{started.removesuffix('.segment')}-1.segment"
     os.mkfifo(fifo)
-    bad["not a file"] = fifo
+    bad["a FIFO"] = fifo
     link = made.state / f"{me}-{started.removesuffix('.segment')}-2.segment"
     link.symlink_to("/etc/passwd")
-    bad["Too many levels of symbolic links"] = link
+    bad["a symbolic link"] = link
+    (made.state / "1-2.segment").mkdir()
+    bad["a directory"] = made.state / "1-2.segment"
+    bad["not a status segment"] = made.state / "1-3.segment"
+    bad["not a status segment"].write_bytes(b"\xff" * 40_000)  # also where the text would be half written
+    bad["too large for a status segment"] = made.state / "1-4.segment"
+    with bad["too large for a status segment"].open("wb") as sparse:
+        sparse.truncate(20 << 30)
+    bad["empty, and process 1 that it is named for is gone"] = made.state / "1-5.segment"
+    bad["empty, and process 1 that it is named for is gone"].touch()
+    bad["empty for more than a moment"] = made.state / f"{me}-{started.removesuffix('.segment')}-4.segment"
+    bad["empty for more than a moment"].touch()
+    os.utime(bad["empty for more than a moment"], (0, 0))
+    being_made = made.state / f"{me}-{started.removesuffix('.segment')}-5.segment"
+    being_made.touch()
+    os.utime(being_made, (2**33, 2**33))  # of a clock that was set back, as good as now
+    (made.state / "copy-of.seg").write_bytes(b"x")
     other = made.state / f"{me}-{started.removesuffix('.segment')}-3.segment"
     other.write_bytes(segment(pid=4711))
     bad["says that it is of process 4711"] = other

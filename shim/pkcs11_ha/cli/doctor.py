@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from pkcs11_ha import ck
 from pkcs11_ha.cli.facts import MODULE, Build, Facts, File, MemberFacts, User
+from pkcs11_ha.cli.segments import Skipped
 
 WRONG, NOTE, OK = "wrong", "note", "ok"
 
@@ -189,11 +190,17 @@ def _state(facts: Facts) -> Iterator[Finding]:
     elif not may(user, file, 3):
         text = f"{user.name} cannot write to {path}: status and requests do not work for its applications"
         yield Finding(NOTE, about, text, f"chgrp to a group of {user.name}'s, and chmod g+w {quoted}")
-    if facts.stale:
-        text = f"status files of processes that are gone: {len(facts.stale)}, {facts.stale[0]} for one"
+    if left := facts.found.left:
+        text = f"status files of processes that are gone: {len(left)}, {left[0]} for one"
         yield Finding(
             NOTE, about, text, "nothing: the next application or p11ha status sweeps them; or remove them"
         )
+    alike: defaultdict[str, list[Skipped]] = defaultdict(list)
+    for each in facts.found.skipped:
+        alike[each.cure].append(each)
+    for cure, found in alike.items():
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        yield Finding(NOTE, about, f"{found[0]}{more}", cure)
 
 
 def _log(facts: Facts) -> Iterator[Finding]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from pkcs11_ha import __version__, ck, config
 from pkcs11_ha.cli import module
 from pkcs11_ha.cli.module import Library, ModuleError
+from pkcs11_ha.cli.segments import Found, read_all
 from pkcs11_ha.config import Config, ConfigError
 from pkcs11_ha.log import parse_target
 from pkcs11_ha.runtime import native
 from pkcs11_ha.runtime.member import Member, MemberState
-from pkcs11_ha.spec import segment
 
 MODULE = "libpkcs11-ha.so"
 WORKER = "pkcs11-ha-worker"
@@ -32,8 +32,6 @@ _STAMP = re.compile(rb"\0([0-9][0-9.a-z]*\+[0-9a-f]{12})\0")
 _LIBPYTHON = re.compile(rb"libpython([0-9]+\.[0-9]+)\.so")
 _STDLIB = re.compile(rb"(/[^\0]+)/encodings/__init__\.py\0")
 _WORKER = re.compile(rb"\0(/[^\0]*/pkcs11-ha-worker)\0")
-# A status segment: the process and its start (field 22 of /proc/PID/stat).
-_SEGMENT = re.compile(segment.NAME)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Facts:
     settings: Config | None
     problem: str  # with the configuration
     state_dir: str
-    stale: tuple[str, ...]
+    found: Found  # in the state directory
     log: LogFacts | None
     members: tuple[MemberFacts, ...]
     unread: str  # why members could not be looked at
@@ -156,7 +154,7 @@ def gather(user: User) -> Facts:
     for member in settings.members if settings else ():
         wanted += [each for each in (member.module, member.pin_source) if each]
     # C_Initialize makes files and processes, and takes away what others left behind: it comes last.
-    places, stale, workers = _places(wanted), tuple(_stale(Path(state_dir))), tuple(_workers())
+    places, found, workers = _places(wanted), read_all(state_dir, remove=False), tuple(_workers())
     members, unread = _members(settings, build)
     return Facts(
         version=__version__,
@@ -170,7 +168,7 @@ def gather(user: User) -> Facts:
         settings=settings,
         problem=problem,
         state_dir=state_dir,
-        stale=stale,
+        found=found,
         log=log,
         members=members,
         unread=unread,
@@ -312,21 +310,6 @@ def _log(settings: Config | None) -> LogFacts | None:
         files = room.f_favail if room.f_files else None  # some file systems have no number of them
         return LogFacts(str(path), size, room.f_bavail * room.f_frsize, files)
     return LogFacts(str(path), size, None, None)
-
-
-def _stale(directory: Path) -> Iterator[str]:
-    """Status segments of processes that are gone."""
-    for path in sorted(directory.rglob("*.segment")):
-        named = _SEGMENT.fullmatch(path.name)
-        if named and _started(int(named[1])) != named[2]:
-            yield str(path)
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks; "" if there is none."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    return ""
 
 
 def _workers() -> Iterator[WorkerProcess]:

@@ -34,9 +34,9 @@ def fail(text: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _say(skipped: tuple[str, ...]) -> None:
-    for line in skipped:
-        typer.echo(line, err=True)
+def _say(skipped: tuple[segments.Skipped, ...]) -> None:
+    for each in skipped:
+        typer.echo(str(each), err=True)
 
 
 def _look(path: str) -> Callable[[], segments.Found]:
@@ -70,7 +70,7 @@ def status(
         _say(found.skipped)
 
 
-def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[str, ...]) -> None:
+def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[segments.Skipped, ...]) -> None:
     from pkcs11_ha.cli import module  # which brings the core with it
 
     if path:
@@ -82,7 +82,9 @@ def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[str, ...])
     except (config.ConfigError, module.ModuleError) as error:
         raise fail(str(error)) from None
     if as_json:
-        typer.echo(json.dumps({**statuses.as_json(groups), "skipped": skipped}, indent=2))
+        typer.echo(
+            json.dumps({**statuses.as_json(groups), "skipped": [str(each) for each in skipped]}, indent=2)
+        )
     else:
         statuses.show(groups, Console())
         _say(skipped)

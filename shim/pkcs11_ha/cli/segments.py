@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shlex
 import stat
 import struct
 import time
@@ -15,11 +17,20 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pkcs11_ha import ck
 from pkcs11_ha.runtime.process import is_alive, pid_namespace
-from pkcs11_ha.runtime.segment import sweep
+from pkcs11_ha.runtime.segment import left, sweep
 from pkcs11_ha.spec import segment as layout
 from pkcs11_ha.spec.segment import GroupText, MemberText, ProcessText
 
 SIZE_MAX = 4 << 20
+_MOMENT_S = 5.0  # in which a file gets its header
+_OTHERS = "look as root, or as its owner"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
 _TRIES, _STEP_S = 50, 0.002  # of reading a text while it is written
 _SEQUENCE_AT = next(at for each, at in layout.offsets(layout.HEADER) if each.name == "text_sequence")
 _LOAD_MASK = (1 << layout.LOAD_BITS) - 1
@@ -28,7 +39,11 @@ T = TypeVar("T")
 
 
 class Damaged(Exception):
-    """A file is no segment that can be read; `str` is one line."""
+    """A file is no segment that can be read: `str` says why in one line, `cure` what to do; {} is its path."""
+
+    def __init__(self, problem: str, cure: str = "rm {}") -> None:
+        super().__init__(problem)
+        self.cure = cure
 
 
 class Unfinished(Exception):
@@ -123,7 +138,10 @@ def parse(data: bytes, name: str = "") -> Process:
     if header["magic"] != layout.MAGIC:
         raise Damaged("not a status segment") if data[: layout.HEADER_SIZE].strip(b"\0") else Unfinished
     if header["version"] != layout.VERSION:
-        raise Damaged(f"of format {header['version']}, this p11ha reads format {layout.VERSION}")
+        raise Damaged(
+            f"of format {header['version']}, this p11ha reads format {layout.VERSION}",
+            "use the p11ha of the library that this process has loaded",
+        )
     if header["size"] != len(data):
         short = len(data) < header["size"]
         raise Damaged(f"{'truncated' if short else 'damaged'}: {len(data)} of {header['size']} bytes")
@@ -209,78 +227,112 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A file that is passed over, what is wrong with it and what to do about that."""
+
+    path: str
+    problem: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.problem}"
+
+
+@dataclass(frozen=True)
 class Found:
-    """What there is in a state directory; `skipped` are lines, each naming a file and what is wrong with it."""
+    """What there is in a state directory; `left`: files of processes that ended, where they were not removed."""
 
     processes: tuple[Process, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    left: tuple[str, ...] = ()
 
 
-def read_all(directory: str) -> Found:
+def read_all(directory: str, *, remove: bool = True) -> Found:
     """All processes that run, by process id.  Files of those that ended are removed."""
-    processes, skipped = [], []
+    processes, skipped, gone = [], [], []
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return Found((), ())
     except OSError as error:
-        return Found((), (f"{directory}: {error.strerror}",))
+        return Found((), (Skipped(directory, error.strerror or "cannot be read", _OTHERS),))
     try:
-        sweep(folder)
+        if remove:
+            sweep(folder)
+        else:
+            gone = sorted(left(folder))
         for name in sorted(os.listdir(folder)):  # noqa: PTH208 (a descriptor)
-            if name.endswith(".segment"):
+            if name.endswith(".segment") and name not in gone:
                 try:
                     process = _read(folder, name)
                     if process is not None:
                         processes.append(process)
                 except Damaged as error:
-                    skipped.append(f"{printable(f'{directory}/{name}')}: {error}")
+                    path = f"{directory}/{name}"
+                    typed = (
+                        shlex.quote(path) if path.isprintable() else f"-i {shlex.quote(directory)}/*.segment"
+                    )
+                    skipped.append(Skipped(path, str(error), error.cure.format(typed)))
     finally:
         os.close(folder)
-    return Found(tuple(sorted(processes, key=lambda p: (p.pid, p.name))), tuple(skipped))
+    ordered = sorted(processes, key=lambda p: (p.pid, p.name))
+    return Found(tuple(ordered), tuple(skipped), tuple(f"{directory}/{name}" for name in gone))
 
 
 def _read(folder: int, name: str) -> Process | None:
-    """None: it is being made, or its process is gone."""
+    """None: it is being made, or its process is gone.  Raises Damaged."""
     match = re.fullmatch(layout.NAME, name)
     if match is None:
         raise Damaged("not the name of a status segment")
+    pid, started = int(match[1]), int(match[2])
     try:
-        data = _bytes(folder, name)
+        data, changed_s = _bytes(folder, name)
         process = parse(data, name)
     except Unfinished:
+        what = "without a header" if data else "empty"
+        if not is_alive(pid, started):
+            raise Damaged(f"{what}, and process {pid} that it is named for is gone") from None
+        if time.time() - changed_s > _MOMENT_S:
+            raise Damaged(f"{what} for more than a moment") from None
         return None
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Damaged(error.strerror or "cannot be read") from None
-    if (process.pid, process.started) != (int(match[1]), int(match[2])):
+        if error.errno == errno.ELOOP:
+            raise Damaged("a symbolic link") from None
+        raise Damaged(error.strerror or "cannot be read", _OTHERS) from None
+    if (process.pid, process.started) != (pid, started):
         raise Damaged(f"says that it is of process {process.pid}")
     here = process.namespace == pid_namespace()
     return process if not here or is_alive(process.pid, process.started) else None
 
 
-def _bytes(folder: int, name: str) -> bytes:
-    """The file as it was at a moment when nobody was writing its text.  Raises Damaged, OSError."""
+def _bytes(folder: int, name: str) -> tuple[bytes, float]:
+    """The file as it was at a moment when nobody was writing its text, and when it was changed last, in s since 1970.
+
+    Raises Damaged, OSError.
+    """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     file = os.open(name, flags, dir_fd=folder)
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            raise Damaged("not a file")
+            kind = stat.S_IFMT(status.st_mode)
+            raise Damaged(_KINDS.get(kind, "not a file"), "rm -r {}" if kind == stat.S_IFDIR else "rm {}")
         if status.st_size > SIZE_MAX:
             raise Damaged("too large for a status segment")
         for _ in range(_TRIES):
             before = os.pread(file, 8, _SEQUENCE_AT)
             data = os.pread(file, status.st_size + 1, 0)
-            if before == os.pread(file, 8, _SEQUENCE_AT) and not (
-                before and before[0 if _LITTLE else -1] & 1
+            if not data.startswith(layout.MAGIC) or (
+                before == os.pread(file, 8, _SEQUENCE_AT)
+                and not (before and before[0 if _LITTLE else -1] & 1)
             ):
-                return data
+                return data, status.st_mtime
             time.sleep(_STEP_S)
     finally:
         os.close(file)
-    raise Damaged("half written")
+    raise Damaged("half written", "nothing, while its process writes it: look again")
 
 
 _LITTLE = struct.pack("=H", 1)[0] == 1

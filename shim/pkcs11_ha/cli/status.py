@@ -62,7 +62,9 @@ def _group(library: Library, slot: VirtualSlot) -> GroupStatus:
     return GroupStatus(slot.face.label, slot.face.serial, slot.id, settings.balance, tuple(members))
 
 
-def joined_json(processes: Sequence[segments.Process], skipped: Sequence[str]) -> dict[str, object]:
+def joined_json(
+    processes: Sequence[segments.Process], skipped: Sequence[segments.Skipped]
+) -> dict[str, object]:
     """What --json prints of running processes."""
     now_ns = time.monotonic_ns()
     return {
@@ -78,7 +80,7 @@ def joined_json(processes: Sequence[segments.Process], skipped: Sequence[str]) -
             for group in segments.join(processes)
         ],
         "processes": [_process(process) for process in processes],
-        "skipped": list(skipped),
+        "skipped": [str(each) for each in skipped],
     }
 
 

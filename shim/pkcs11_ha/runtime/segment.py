@@ -139,13 +139,22 @@ def _fill(file: int, pid: int, started: int, records: int) -> None:
 
 
 def sweep(folder: int) -> None:
-    """Removes the files of processes that are no more.  What is not ours to judge, or to remove, stays."""
+    """Removes what was left.  What is not ours to judge, or to remove, stays."""
+    for name in left(folder):
+        with suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+
+
+def left(folder: int) -> list[str]:
+    """The files of processes that are no more."""
+    found = []
     with suppress(OSError):
         for name in os.listdir(folder):
             if match := re.fullmatch(layout.NAME, name):
                 pid, started = int(match[1]), int(match[2])
                 if not is_alive(pid, started) or (pid == os.getpid() and not _is_mapped(name)):
-                    _remove(folder, name)
+                    found += [name] if _is_segment(folder, name) else []
+    return found
 
 
 def _is_mapped(name: str) -> bool:
@@ -157,8 +166,8 @@ def _is_mapped(name: str) -> bool:
         return True
 
 
-def _remove(folder: int, name: str) -> None:
-    """If it is a segment, of this process namespace, or was never finished."""
+def _is_segment(folder: int, name: str) -> bool:
+    """Whether it is one, of this process namespace, or was never finished."""
     with suppress(OSError):
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(name, flags, dir_fd=folder)
@@ -169,7 +178,7 @@ def _remove(folder: int, name: str) -> None:
             os.close(file)
         ours = data[: len(layout.MAGIC)] == layout.MAGIC and len(data) == layout.HEADER_SIZE
         if ours and layout.unpack(layout.HEADER, data)["pid_namespace"] != pid_namespace():
-            return
+            return False
         unfinished = stat.S_ISREG(status.st_mode) and not data.strip(b"\0")
-        if ours or (unfinished and time.time() - status.st_mtime > _YOUNG_S):
-            os.unlink(name, dir_fd=folder)
+        return ours or (unfinished and time.time() - status.st_mtime > _YOUNG_S)
+    return False

@@ -316,7 +316,10 @@ prefers slow calls.
 **What can go wrong.** The file is mapped by the process and written in place. Who truncates it (its own user or root)
 takes the memory away under a running process, which then dies of SIGBUS: remove such a file, never empty it. Room is
 reserved when the file is made, so a full disk does no harm later. Readers open it for reading only, do not map it, and
-take nothing in it for granted: what is truncated, foreign or of a later version is named and passed over.
+take nothing in it for granted: what is called `*.segment` and is truncated, foreign, no file or of a later version is
+named and passed over, and so is an empty one whose process is gone or that stays empty for more than a moment (once it
+is a minute old and its process gone, it is removed). `p11ha doctor` says what to do about each. Files of other names,
+requests and locks among them, are no business of the readers, which do not look at them.
 A process that replaced itself by exec without C_Finalize is shown until it ends. In another process namespace, say of a
 container that has the directory too, nobody here can tell whether it lives: it is shown, and its file is never removed.
 
