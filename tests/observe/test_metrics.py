@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -114,6 +117,41 @@ def scrape(url: str) -> str:
     request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return str(answer.read().decode())
+
+
+def test_what_else_is_asked_of_the_server() -> None:
+    with serving("0") as url:
+        for method, path, host, status in (
+            ("GET", "/metrics?x=1", "localhost:1", 200),
+            ("GET", "/metrics", "[::1]:9188", 200),
+            ("GET", "/metrics", "10.1.2.3", 200),
+            ("GET", "/metrics", "evil.example:9188", 403),  # a name that a web page had lead here
+            ("GET", "/metrics", "evil.example", 403),
+            ("GET", "/metrics", "[", 403),
+            ("GET", "/", None, 404),
+            ("GET", "/metrics/x", None, 404),
+            ("POST", "/metrics", None, 405),
+        ):
+            connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
+            connection.request(method, path, headers={"Host": host} if host else {})
+            answer = connection.getresponse()
+            assert answer.status == status, (method, path, host)
+            body = answer.read()
+            assert (b"pkcs11_ha_" in body) is (status == 200 and method == "GET")
+            connection.close()
+        with socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0)) as raw:
+            raw.sendall(b"HEAD /metrics HTTP/1.0\r\n\r\n")
+            head, _, body = b"".join(iter(lambda: raw.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert b" 200 " in head
+        assert re.search(rb"Content-Length: [1-9][0-9]{2}", head)
+        assert body == b""
+
+
+def test_a_server_for_others_goes_by_any_name() -> None:
+    with serving("0.0.0.0:0", "--public") as url:
+        request = urllib.request.Request(url, headers={"Host": "hsm.example"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
 
 
 @pytest.mark.parametrize("given", ["127.0.0.1:9188", "9188", "localhost:9188", "[::1]:9188"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from socketserver import ThreadingMixIn
+from urllib.parse import urlsplit
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -30,6 +33,8 @@ _GROUP = ("group", "serial")
 _MEMBER = (*_GROUP, "member")
 _COUNTED = (*_MEMBER, "program")
 _BUCKETS = range(2, BUCKETS, 2)  # every other one, from a microsecond on: an octave tells no more to a graph
+
+PATH = "/metrics"
 
 Key = tuple[str, str, str, str]
 """Values of _COUNTED."""
@@ -246,13 +251,66 @@ def address(given: str, public: bool) -> tuple[str, int]:
     return str(ip), int(port)
 
 
-def serve(look: Callable[[], Found], host: str, port: int, ready: Callable[[int], None]) -> None:
-    """Until Ctrl-C or SIGTERM; `ready` is told the port.  Raises OSError."""
+def server(look: Callable[[], Found], host: str, port: int) -> WSGIServer:
+    """What serves them once it is told to; raises OSError."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(SegmentCollector(look))
-    server, _ = start_http_server(port, host, registry)
-    ready(server.server_port)
-    with suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
-    server.shutdown()
+    ip = ipaddress.ip_address(host)
+    app = _guarded(make_wsgi_app(registry), by_address=ip.is_loopback)
+    return make_server(host, port, app, _Server if ip.version == 4 else _Server6, _Handler)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+def _guarded(app: WSGIApplication, *, by_address: bool) -> WSGIApplication:
+    """GET and HEAD of one path.  With `by_address` no host is known by a name: a page of the web can have its own name
+    lead to loopback, and would read what the browser gets there.
+    """
+
+    def guarded(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        method, problem = environ["REQUEST_METHOD"], ""
+        if by_address and not _is_address(environ.get("HTTP_HOST", "localhost")):
+            problem = "403 Forbidden"
+        elif environ["PATH_INFO"] != PATH:
+            problem = "404 Not Found"
+        elif method not in ("GET", "HEAD"):
+            problem = "405 Method Not Allowed"
+        if problem:
+            start(problem, [("Content-Type", "text/plain"), ("Allow", "GET, HEAD")])
+            return [f"{problem}: GET {PATH}\n".encode()]
+        if method == "GET":
+            return app(environ, start)
+        kept: list[tuple[str, list[tuple[str, str]]]] = []
+
+        def keep(
+            status: str, headers: list[tuple[str, str]], _: object = None, /
+        ) -> Callable[[bytes], object]:
+            kept.append((status, headers))
+            return lambda _data: None
+
+        size = sum(map(len, app({**environ, "REQUEST_METHOD": "GET"}, keep)))
+        ((status, headers),) = kept
+        start(status, [*headers, ("Content-Length", str(size))])
+        return []
+
+    return guarded
+
+
+def _is_address(host: str) -> bool:
+    """Whether a Host header names an IP address, or localhost."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False

@@ -130,11 +130,12 @@ def metrics(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     try:
-        measured.serve(
-            _look(path), host, port, lambda bound: typer.echo(f"serving on {host} port {bound}", err=True)
-        )
+        server = measured.server(_look(path), host, port)
     except OSError as error:
         raise fail(f"{listen}: {error.strerror}") from None
+    typer.echo(f"serving on {host} port {server.server_port}", err=True)
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 @app.command()
