@@ -745,8 +745,12 @@ def log_of(path: str) -> tuple[str, str, int]:
 _BEGIN = "p11ha member add begins one, PKCS11_HA_CONF or --config names another"
 
 
-def read(path: str) -> str:
-    """The text of a configuration file; raises ConfigError."""
+def read(path: str, *, luna: bool | None = None) -> str:
+    """The text of a configuration file; raises ConfigError.
+
+    Of Luna's (by its name, or as `luna` says) bytes that are not UTF-8 come as lone surrogates: comments may have them.
+    """
+    errors = "surrogateescape" if luna or (luna is None and is_luna(path)) else "strict"
     try:
         # A FIFO that nobody writes to must not hold up C_Initialize.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -759,7 +763,7 @@ def read(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(path, None, "", _reason(error)) from None
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8", errors)
     except UnicodeDecodeError as error:
         raise ConfigError(path, 1 + data.count(b"\n", 0, error.start), "", "not UTF-8") from None
 

@@ -17,10 +17,20 @@ LOG_FILE = "haErrorLog.txt"
 SERIAL_SIZE = 16  # of CK_TOKEN_INFO.serialNumber
 
 
+_NOT_TEXT = "not UTF-8: iconv -f ISO-8859-1 -t UTF-8 makes it so"
+
+
+def _is_text(text: str) -> bool:
+    """Whether it was UTF-8: bytes that were not come as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 class LunaError(Exception):
     """The file is not understood, or says what cannot be: on this line, of this key (if it is one)."""
 
     def __init__(self, line: int, key: str, problem: str) -> None:
+        if not _is_text(key + problem):
+            key, problem = "", _NOT_TEXT
         super().__init__(f"{line}: {key}: {problem}")
         self.line, self.key, self.problem = line, key, problem
 
@@ -53,7 +63,11 @@ _PAIR = re.compile(r"([^={};\n]+?)[^\S\n]*=[^\S\n]*([^;{}\n]*?)[^\S\n]*;")
 
 def parse(text: str) -> tuple[Entry, ...]:
     """The entries of the file in its order, in Unix or Windows syntax, whichever it is; raises LunaError."""
-    return _parse_ini(text) if _is_ini(text) else _parse_unix(text)[0]
+    entries = _parse_ini(text) if _is_ini(text) else _parse_unix(text)[0]
+    for entry in entries:
+        if not _is_text(entry.name + entry.value):
+            raise entry.error(_NOT_TEXT)
+    return entries
 
 
 def _is_ini(text: str) -> bool:
@@ -83,6 +97,8 @@ def _parse_unix(text: str) -> tuple[tuple[Entry, ...], tuple[tuple[str, int, int
             at = pair.end()
         elif not opened and (head := _HEAD.match(text, at)):
             section, opened, began, at = head[1], line, at, head.end()
+        elif opened and (head := _HEAD.match(text, at)):
+            raise LunaError(opened, section, f"is not closed by `}}` before {head[1]} on line {line}")
         else:
             wanted = "`Key = value;` or `}`" if opened else "`Section = {`"
             raise LunaError(line, "", _problem(wanted, text[at:].split("\n", 1)[0].strip()))
@@ -389,7 +405,7 @@ KEYS = (
         "VirtualTokenActiveRecovery",
         "[recovery] mode",
         'activeBasic and activeEnhanced are "background": a thread recovers members. Sessions and login are always'
-        " kept, as by activeEnhanced.",
+        ' kept, as by activeEnhanced. Without it "call", as up to Luna 6.1, and import-luna says so.',
         _active_recovery,
     ),
     Key(
@@ -472,6 +488,12 @@ KEYS = (
 """Every key that is understood, and what becomes of it."""
 
 
+_NO_MODE = (
+    "VirtualTokenActiveRecovery is not given: members are recovered within calls, as up to Luna 6.1; "
+    '[recovery] mode = "background" has a thread do it, as later ones do'
+)
+
+
 def translate(
     text: str,
     module: str | None = None,
@@ -491,6 +513,8 @@ def translate(
     if ("ha", "only") not in draft.settings:
         anchor = next(entry for group in draft.numbered.values() for entry in _entries(group))
         draft.set("ha", "only", False, Entry("HAConfiguration", "HAOnly", "not given", anchor.line))
+    if ("recovery", "mode") not in draft.settings:
+        draft.remarks.append(Remark(None, _NO_MODE))
     groups = [_group(draft, number, draft.numbered[number]) for number in sorted(draft.numbered)]
     _write_members(draft, groups, module, env)
     _write_groups(draft, groups)

@@ -187,6 +187,36 @@ def test_the_module_reads_lunas_file(site: Site, module: Path) -> None:
     assert f"{file}:20: expected `Section = {{`, not `HARecovery …`" in refused.stderr
 
 
+def test_bytes_that_are_not_utf_8(site: Site, module: Path) -> None:
+    file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
+    plain = file.read_bytes()
+    file.write_bytes(plain.replace(b"# Two", b"# Z\xfcrich, two"))
+    own = site.directory / "own"
+    imported = site.p11ha("import-luna", str(file), "--client-config", str(own))
+    assert imported.returncode == 0, imported.stderr
+    assert b"# Z\xfcrich, two" in (own / "Chrystoki.conf").read_bytes()
+    site.conf.unlink()
+    if not Path(SYSTEM_PATH).exists():
+        shown = site.tool(module, "--list-slots", ChrystokiConfigurationPath=str(file))
+        assert "grpA" in shown.stdout, shown.stderr
+
+    file.write_bytes(plain.replace(b"hsm-east", b"Z\xfcrich"))
+    line = f"{file}:19: LunaSA Client.ServerName00: not UTF-8: iconv -f ISO-8859-1 -t UTF-8"
+    refused = site.p11ha("import-luna", str(file))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(line)
+    assert line in site.tool(module, "--list-slots", PKCS11_HA_CONF=str(file)).stderr
+
+
+def test_the_mode_of_recovery_is_not_made_up(site: Site) -> None:
+    file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
+    file.write_text(re.sub(r".*VirtualTokenActiveRecovery.*\n", "", file.read_text()))
+    shown = site.p11ha("import-luna", str(file), "--dry-run").stdout
+    assert "HA recovery mode:  not given " in shown
+    assert " recovery     call mode\n" in shown
+    assert "VirtualTokenActiveRecovery is not given: " in shown
+
+
 def test_a_group_of_one_member_from_windows(site: Site, module: Path) -> None:
     file = site.write("windows.ini", _888800001="east", _888800002="west", _888800003="north")
     refused = site.p11ha("import-luna", str(file))
@@ -265,6 +295,27 @@ def test_a_group_in_lunas_words(site: Site) -> None:
     site.luna(f"hagroup removeMember -g grp -se {north}")
     (group,) = tomllib.loads(site.conf.read_text())["group"]
     assert (group["members"], group.get("standby", [])) == ([east, west], [])
+
+
+def test_changes_are_shown_as_the_listing_shows_them(site: Site) -> None:
+    """Also where the configuration names tokens by something else than their serial numbers."""
+    east, west, north = (site.serials[label] for label in LABELS)
+    members = "".join(
+        f'[[member]]\nname = "{label}"\nmodule = "{softhsm()}"\ntoken = "pkcs11:token={label}"\n'
+        for label in LABELS
+    )
+    site.conf.write_text(f'{members}[[group]]\nlabel = "grp"\nmembers = ["east", "west"]\n')
+    number = f"1{east}"[:16]
+    for line, listed in (
+        (f"ha am -se {north} -g grp", (east, west, north)),
+        (f"ha addStandby -se {north} -g {number}", (east, west, north)),
+        (f"ha removeMember -se {north} -g grp", (east, west)),
+    ):
+        shown = site.luna(line)
+        for text in (f"Group Members:  {', '.join(listed)}\n", f"HA Group Number:  {number}\n"):
+            assert text in shown
+            assert text in site.luna("ha lg")
+        assert f"ember {north} " in shown
 
 
 def test_settings_and_slots_in_lunas_words(site: Site) -> None:

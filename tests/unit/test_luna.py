@@ -91,6 +91,8 @@ def test_standby_and_all_that_has_no_counterpart() -> None:
     }
     assert {line: word for line, word in words.items() if word in said[line]} == words
     assert "reconnAtt is not given" in said[None]
+    without = luna.translate(text("standby.conf").replace("VirtualTokenActiveRecovery", "# "))
+    assert any("VirtualTokenActiveRecovery is not given" in str(remark) for remark in without.remarks)
 
 
 def test_who_stands_by_is_said_to_be_unknown() -> None:
@@ -122,6 +124,13 @@ def test_who_stands_by_is_said_to_be_unknown() -> None:
             "10: HAConfiguration.RECONNATT: given twice: line 9 has it already",
         ),
         ("reconnAtt = 5;\n}\n", "reconnAtt = 5;\n", "8: HAConfiguration: is not closed by `}`"),
+        (
+            "reconnAtt = 5;\n}\n",
+            "reconnAtt = 5;\nLuna = {\n  A = 1;\n}\n",
+            "8: HAConfiguration: is not closed by `}` before Luna on line 10",
+        ),
+        ("reconnAtt = 5;", "reconnAtt = \udcfc;", "9: HAConfiguration.reconnAtt: not UTF-8: iconv"),
+        ("reconnAtt = 5;", "\udcfc", "9: not UTF-8: iconv"),
         ("= 1, 2;", "= ;", "6: VirtualToken.VirtualToken00Members: expected serial numbers with commas"),
         ("= 1, 2;", "= 1, a/b;", "6: VirtualToken.VirtualToken00Members: 'a/b' is no serial number"),
         ("= 1, 2;", "= 1, 2;\n  VirtualToken01Label = b;\n  VirtualToken01Members = 2;", "8: VirtualToken."),

@@ -27,17 +27,9 @@ def apply(path: str, change: Change) -> Config:
     All edits of Luna's commands come through here.
     """
     with _replacing(path) as replace:
-        document = tomlkit.parse(read(path) if Path(path).exists() else "")
+        document = tomlkit.parse(config.read(path) if Path(path).exists() else "")
         change(document)
         return _put(path, tomlkit.dumps(document), replace)
-
-
-def read(path: str) -> str:
-    """Raises OperatorError."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
 
 
 def write(path: str, text: str) -> Config:

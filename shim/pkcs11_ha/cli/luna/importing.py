@@ -22,8 +22,8 @@ _TITLES = "Luna: hagroup listGroups", "pkcs11-ha"
 
 
 def translate(path: str, module: str, client_config: str) -> tuple[str, Translation]:
-    """The file's text, and the same in our words; raises OperatorError, ConfigError."""
-    text = edits.read(path)
+    """The file's text, and the same in our words; raises ConfigError."""
+    text = config.read(path, luna=True)
     env = {config.LUNA_PATH: client_config} if client_config else None
     try:
         return text, luna.translate(text, module or None, env, config.knows)
@@ -119,7 +119,7 @@ def write_client_config(path: str, text: str, directory: str) -> str:
         if target.exists() and target.samefile(path):
             raise OperatorError(f"{directory}: that is where Luna's own file is: name another directory")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(luna.without_ha(text), encoding="utf-8")
+        target.write_text(luna.without_ha(text), encoding="utf-8", errors="surrogateescape")
         target.chmod(Path(path).stat().st_mode & 0o777)
     except OSError as error:
         raise OperatorError(f"{target}: {error.strerror}") from None
@@ -174,7 +174,10 @@ def _said(translation: Translation, *place: str) -> Setting | None:
 
 
 def _luna_settings(translation: Translation) -> list[str]:
-    """The head of Luna's listing, from what the file says; what it does not say is as Luna has it."""
+    """The head of Luna's listing, from what the file says; what it does not say is as Luna has it.
+
+    But for the mode: what Luna does without it has changed from version to version.
+    """
     attempts, interval = (
         _said(translation, "recovery", "attempts"),
         _said(translation, "recovery", "interval_s"),
@@ -183,7 +186,7 @@ def _luna_settings(translation: Translation) -> list[str]:
     log = _said(translation, "ha", "log")
     lines = [
         ("HA auto recovery", "enabled" if attempts and attempts.value != 0 else "disabled"),
-        ("HA recovery mode", mode.entry.value if mode else "activeBasic"),
+        ("HA recovery mode", mode.entry.value if mode else "not given"),
         ("Maximum auto recovery retry", str(attempts.value if attempts else 0)),
         ("Auto recovery poll interval", f"{interval.value if interval else 60} seconds"),
         ("HA logging", "enabled" if log and log.value != "off" else "disabled"),

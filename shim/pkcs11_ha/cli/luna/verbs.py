@@ -6,8 +6,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tomlkit
@@ -17,6 +17,7 @@ from pkcs11_ha.cli import domain, module, objects, operator, status
 from pkcs11_ha.cli.luna import edits, grammar, listing
 from pkcs11_ha.cli.luna.edits import Change
 from pkcs11_ha.cli.luna.grammar import Command, UsageError
+from pkcs11_ha.cli.module import ModuleError
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.config import Config, GroupConfig, MemberConfig
@@ -49,13 +50,22 @@ class _Run:
         return settings
 
     def group(self, settings: Config) -> GroupConfig:
-        """The group that -group or -label names, by label or number; raises OperatorError."""
+        """The group that -group or -label names, by label or number; raises OperatorError, ModuleError."""
         wanted = self.command.get(grammar.GROUP) or self.command.get(grammar.LABEL)
         for group in settings.groups:
             if wanted in (group.label, number_of(settings, group)):
                 return group
+        if not all(_says_serials(settings, group) for group in settings.groups):
+            with module.initialised() as library:
+                for slot in library.core.slots.values():
+                    if slot.is_group and slot.face.serial == wanted:
+                        return next(group for group in settings.groups if group.label == slot.face.label)
         known = ", ".join(group.label for group in settings.groups)
         raise OperatorError(f"no group {wanted!r}: there is {known}")
+
+    def serial(self, settings: Config, member: MemberConfig) -> str:
+        """What a change calls a member."""
+        return self.command.get(grammar.SERIAL) or serial_of(settings, member.name)
 
     def member(self, settings: Config) -> MemberConfig:
         """The member that -serialNumber or -slot names; raises OperatorError."""
@@ -88,6 +98,12 @@ def serial_of(settings: Config, name: str) -> str:
     """A member's serial number as far as the configuration says it, else its name."""
     member = next(member for member in settings.members if member.name == name)
     return str(dict(member.token.wanted).get("serial") or name)
+
+
+def _says_serials(settings: Config, group: GroupConfig) -> bool:
+    """Whether the configuration has the serial numbers of all its members."""
+    names = (*group.members, *group.standby)
+    return all("serial" in dict(member.token.wanted) for member in settings.members if member.name in names)
 
 
 def number_of(settings: Config, group: GroupConfig) -> str:
@@ -285,7 +301,7 @@ def _new_member(this: _Run, settings: Config | None, like: str) -> tuple[str, st
     serial = this.command.get(grammar.SERIAL)
     if this.command.has(grammar.SLOT):
         number = _whole(this.command.get(grammar.SLOT), grammar.SLOT)
-        document = tomlkit.parse(edits.read(this.path)).unwrap() if like else {}
+        document = tomlkit.parse(config.read(this.path)).unwrap() if like else {}
         tables = document.get("member", [])
         model = next((table for table in tables if table["name"] == like), {"module": library})
         serial = _serial_in_slot(model, number)
@@ -352,7 +368,7 @@ def _remove(this: _Run) -> None:
     standby = [name for name in group.standby if name != member.name]
     after = this.changed(
         _lists(group, members, standby),
-        f"Member {serial_of(settings, member.name)} successfully removed from group {group.label}.",
+        f"Member {this.serial(settings, member)} successfully removed from group {group.label}.",
     )
     _show(this, after, group.label)
 
@@ -367,7 +383,7 @@ def _add_standby(this: _Run) -> None:
     members = [name for name in group.members if name != member.name]
     after = this.changed(
         _lists(group, members, [*group.standby, member.name]),
-        f"The member {serial_of(settings, member.name)} was successfully added to the standby list"
+        f"The member {this.serial(settings, member)} was successfully added to the standby list"
         f" for the HA Group {group.label}.",
     )
     _show(this, after, group.label)
@@ -381,14 +397,22 @@ def _remove_standby(this: _Run) -> None:
     standby = [name for name in group.standby if name != member.name]
     after = this.changed(
         _lists(group, [*group.members, member.name], standby),
-        f"The member {serial_of(settings, member.name)} was successfully removed from the standby list"
+        f"The member {this.serial(settings, member)} was successfully removed from the standby list"
         f" for the HA Group {group.label}: it is active.",
     )
     _show(this, after, group.label)
 
 
 def _show(this: _Run, settings: Config, label: str) -> None:
-    group = configured(settings, next(group for group in settings.groups if group.label == label))
+    said = next(group for group in settings.groups if group.label == label)
+    group = configured(settings, said)
+    if not _says_serials(settings, said):
+        with (
+            suppress(ModuleError),
+            module.initialised() as library,
+        ):  # the change is made, whatever comes of this
+            live = next(each for each in _live(library, "") if each.label == label)
+            group = replace(live, slot=group.slot, rows=())
     this.lines += listing.group_lines(group)
     this.data = {"groups": [asdict(group)]}
 
