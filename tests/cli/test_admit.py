@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -242,3 +243,25 @@ def test_a_running_application_takes_in_who_is_admitted(growing: Growing, module
         ask("enable", "west")
     for name in NAMES:
         assert of_the_application(growing.labels(name)) == Counter(("before", "drained")), name
+
+
+def test_what_a_member_missed_is_told_to_programs(growing: Growing) -> None:
+    def told(*arguments: str) -> dict[str, dict[str, object]]:
+        command = growing.command("sync", "prod", "--json", *arguments)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | growing.env
+        )
+        return {each.pop("member"): each for each in json.loads(done.stdout)}
+
+    store = growing.directory / "west"
+    store.rename(growing.directory / "gone")
+    growing.make_keys()
+    (growing.directory / "gone").rename(store)
+    nothing: list[str] = []
+    before = told("--dry-run")
+    assert before["east"] == {"to_do": nothing}
+    to_do = before["west"]["to_do"]
+    assert isinstance(to_do, list)
+    assert all(any(f"'key {number}' " in line for line in to_do) for number in range(KEYS))
+    assert told()["west"] == {"made": 0, "there": KEYS, "failed": nothing}  # what was owed is made before
+    assert told("--dry-run")["west"] == {"to_do": nothing}

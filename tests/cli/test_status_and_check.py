@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 from demo.members import SoftToken
+from pkcs11_ha import __version__
+from pkcs11_ha.cli import main
 from pkcs11_ha.cli.status import GroupStatus, MemberStatus, show
-from tests.conftest import GroupFactory, ServerFactory, SoftTokenFactory
+from tests.conftest import ROOT, GroupFactory, ServerFactory, SoftTokenFactory
 
 P11HA = Path(sys.executable).parent / "p11ha"
 
@@ -132,3 +138,26 @@ def test_a_missing_configuration_is_one_line(directory: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"{directory / 'none.toml'}: ")
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_the_version_is_told_to_programs() -> None:
+    assert json.loads(run("version", "--json").stdout) == {"version": __version__}
+
+
+def test_the_page_has_every_command_that_tells_programs_nothing() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text().partition("These have not:")[2].partition("\n\n")[0]
+    said = {
+        f"{group}{name}"
+        for group, names in re.findall(r"`p11ha ((?:[a-z]+ )?)([a-z|-]+)`", page)
+        for name in names.split("|")
+    }
+
+    def leaves(command: Any, *path: str) -> Iterator[tuple[str, Any]]:
+        if hasattr(command, "commands"):
+            for name, each in command.commands.items():
+                yield from leaves(each, *path, name)
+        else:
+            yield " ".join(path), command
+
+    found = leaves(get_command(main.app))
+    assert said == {path for path, each in found if not any("--json" in p.opts for p in each.params)}

@@ -224,26 +224,37 @@ def sync(
     ] = False,
     pin_source: _PinSource = "",
     path: _Config = "",
+    as_json: _Json = False,
 ) -> None:
     """Bring every member what it has missed: objects made, changed and destroyed meanwhile."""
-    failed = False
     with _library(path) as library:
         slot = operator.slot_of(library, group)
         members = [member for member in slot.members if member.state is MemberState.UP]
         with operator.at_work(slot, members, pin_source) as replication, ExitStack() as stack:
             domains.take_part(replication, members)
             if dry_run:
-                for debt in objects.debts(replication):
-                    lines = [*debt.open, *(f"make {each}" for each in debt.missing)]
-                    typer.echo(f"{debt.member}: {len(lines)} to do")
-                    for line in lines:
-                        typer.echo(f"  {line}")
+                _show_debts(objects.debts(replication), as_json)
                 return
             bar = stack.enter_context(progress(group))
-            for name, outcome in objects.sync(replication, lambda _name: bar).items():
-                typer.echo(f"{name}: {outcome}")
-                failed = failed or bool(outcome.failed)
-    raise typer.Exit(1 if failed else 0)
+            outcomes = objects.sync(replication, lambda _name: bar)
+    if as_json:
+        done = [{"member": name, **asdict(outcome)} for name, outcome in outcomes.items()]
+        typer.echo(json.dumps(done, indent=2))
+    else:
+        for name, outcome in outcomes.items():
+            typer.echo(f"{name}: {outcome}")
+    raise typer.Exit(1 if any(outcome.failed for outcome in outcomes.values()) else 0)
+
+
+def _show_debts(debts: list[objects.Debt], as_json: bool) -> None:
+    to_do = {debt.member: [*debt.open, *(f"make {each}" for each in debt.missing)] for debt in debts}
+    if as_json:
+        typer.echo(json.dumps([{"member": name, "to_do": lines} for name, lines in to_do.items()], indent=2))
+        return
+    for name, lines in to_do.items():
+        typer.echo(f"{name}: {len(lines)} to do")
+        for line in lines:
+            typer.echo(f"  {line}")
 
 
 @app.command()
@@ -322,9 +333,9 @@ def explain(
 
 
 @app.command()
-def version() -> None:
+def version(as_json: _Json = False) -> None:
     """Print the version."""
-    typer.echo(__version__)
+    typer.echo(json.dumps({"version": __version__}) if as_json else __version__)
 
 
 def main() -> int:
