@@ -361,7 +361,8 @@ OPTIONS = (
         "connect_timeout_s",
         _SECONDS,
         5,
-        "Seconds that connecting one member may take, at C_Initialize and in each attempt, and that leaving it may.",
+        "Seconds that connecting one member may take, at C_Initialize and in each attempt, and that leaving it may. In"
+        ' `mode = "call"` the call that makes an attempt waits so long for a member that hangs, beside its own time.',
     ),
     #
     Option("member", "name", _NAME, _REQUIRED, "What groups, log and tools call the member."),
@@ -899,12 +900,18 @@ def _check_names(config: Config, profiles: Sequence[str], source: _Source) -> No
             raise source.error(("member", number, "profile"), f"expected {names_known}")
 
 
+_SOCKET_PATH_MAX = 107  # unix(7)
+
+
 def _check_hosts(config: Config, source: _Source) -> None:
     """What one host can do and another cannot."""
     for number, member in enumerate(config.members):
         for key, value in (("user", member.user), ("limits", member.limits)):
             if value and member.host != "worker":
                 raise source.error(("member", number, key), 'only with host = "worker"')
+        if len(os.fsencode(member.host.removeprefix("unix:"))) > _SOCKET_PATH_MAX:
+            why = f"a socket's path has {_SOCKET_PATH_MAX} bytes at most"
+            raise source.error(("member", number, "host"), why)
         if member.host.startswith("unix:") and member.env:
             raise source.error(
                 ("member", number, "env"), "the worker at a socket has an environment of its own"
@@ -916,6 +923,9 @@ def _check_membership(config: Config, source: _Source) -> None:
     known = {member.name for member in config.members}
     group_of: dict[str, str] = {}
     for number, group in enumerate(config.groups):
+        if group.eject_base_s > group.eject_max_s:
+            why = f"more than eject_max_s, which is {group.eject_max_s:g}"
+            raise source.error(("group", number, "eject_base_s"), why)
         if len(group.members) + len(group.standby) > MEMBERS_MAX:
             raise source.error(("group", number, "members"), f"more than {MEMBERS_MAX} with the standbys")
         for key, names in (("members", group.members), ("standby", group.standby)):

@@ -87,6 +87,8 @@ WRONG = {
     "C_Sign after soon crash": "after after comes a number of calls",
     "C_Sign every 0 crash": "after every comes a number of calls",
     "C_Sign times -1 crash": "after times comes a number of calls",
+    "C_Sign after 1 after 2 crash": "after is there twice",
+    "C_Sign query times 1 query crash": "query is there twice",
     "C_Sign times": "after times comes a number of calls",
     "C_Sign probability 1 crash": "after probability comes 1%, for example",
     "C_Sign probability 101% crash": "after probability comes 1%, for example",
