@@ -295,8 +295,8 @@ void ha_call_answer(ha_call *call, CK_RV rv)
 }
 
 /* A part that a member took or not before it failed must not reach it twice: what comes next begins at the Init.  The
- * objects of the session stay, as the answer may be the request's own fault; with them the operation is left where it
- * is if the call goes elsewhere, for who is suspected of hanging is not asked for more. */
+ * objects of the session stay if the operation can be ended without it, as the answer may be the request's own fault;
+ * with them the operation is left where it is if the call goes elsewhere, for who is suspected of hanging is not asked for more. */
 static RARE void forget_half_taken(ha_call *call)
 {
     ha_session *session = call->session;

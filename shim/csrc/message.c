@@ -45,7 +45,11 @@ void ha_message_keep(CK_MECHANISM_TYPE mechanism, const struct ha_part *part, un
         const void *from = pointer_in(part->parameter, layout->buffer[k].pointer);
         if (!from) continue;
         const CK_ULONG length = ha_message_buffer_size(layout, k, part->parameter);
-        memcpy(end, from, length);
+        /* A tag is there with the last part, which is never repeated: until then its memory need not even be. */
+        if (layout->buffer[k].is_tag)
+            memset(end, 0, length);
+        else
+            memcpy(end, from, length);
         end += length;
     }
 }

@@ -64,6 +64,7 @@ struct ha_message_parameter {
         size_t pointer, length;
         CK_ULONG bytes;
         enum { HA_UNIT_BYTES, HA_UNIT_BITS, HA_UNIT_NONCE } unit; /* of the field */
+        bool is_tag;
     } buffer[2];
 };
 const struct ha_message_parameter *ha_message_parameter_of(CK_MECHANISM_TYPE type); /* generated; NULL: none known */

@@ -923,9 +923,6 @@ def _check_membership(config: Config, source: _Source) -> None:
     known = {member.name for member in config.members}
     group_of: dict[str, str] = {}
     for number, group in enumerate(config.groups):
-        if group.eject_base_s > group.eject_max_s:
-            why = f"more than eject_max_s, which is {group.eject_max_s:g}"
-            raise source.error(("group", number, "eject_base_s"), why)
         if len(group.members) + len(group.standby) > MEMBERS_MAX:
             raise source.error(("group", number, "members"), f"more than {MEMBERS_MAX} with the standbys")
         for key, names in (("members", group.members), ("standby", group.standby)):

@@ -197,12 +197,16 @@ def test_what_an_interrupted_admission_made_can_be_destroyed(
             work(session)
 
     died = 0
-    for nth in range(4, 8):  # from the announcement on
+    for nth, goes_on in ((6, False), (7, False), (7, True), (8, True)):  # announced; made; said to be there
         without_north(lambda session: session.create(mine))
         configure(module=str(crash_library), env=growing.tokens["north"].env | plan.env(softhsm()))
         plan.arm(nth, after=True)
         died += growing.admit("").returncode != 0
         plan.disarm()
+        if goes_on:  # and makes no second one
+            configure()
+            assert growing.admit("").returncode == 0
+            assert [len(data(name)) for name in NAMES] == [1, 1, 1], nth
         without_north(lambda session: session.destroy(session.find_one(mine)))
         configure()
         assert growing.admit("").returncode == 0

@@ -324,7 +324,6 @@ SERIAL = "expected 1 to 16 printable ASCII characters without a blank at either 
         ("member", 'host = "remote"', 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", 'host = "unix:run/x"', 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", f'host = "unix:/{"x" * 107}"', "member.host: a socket's path has 107 bytes at most"),
-        ("group", "eject_base_s = 400", "group.eject_base_s: more than eject_max_s, which is 300"),
         ("member", "host = 1", 'member.host: expected "process", "worker" or "unix:/path"'),
         ("member", "call_timeout_s = 0", TIMEOUTS),
         ("member", 'user = ""', "member.user: expected the name of a user"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -71,6 +70,7 @@ def given(form: Form, text: str, hint: str) -> Any:
 def _readings(text: str) -> list[Any]:
     readings: list[Any] = [text]
     if re.fullmatch(r"[-+0-9.eE]+", text):
-        with suppress(ValueError):
-            readings.append(tomllib.loads(f"it = {text}")["it"])
+        for number in (int, float):
+            with suppress(ValueError):
+                readings.append(number(text))
     return readings

@@ -10,7 +10,7 @@ from pkcs11_ha import ck
 from pkcs11_ha.core.domain import KEY_ID, Generation
 from pkcs11_ha.core.identity import Identity, Name
 from pkcs11_ha.core.ledger import Entry, Replica, Stage, Wrapped
-from pkcs11_ha.core.template import FALSE, RESERVED, TRUE, ulong
+from pkcs11_ha.core.template import FALSE, RESERVED, TRUE, has_id, ulong
 from pkcs11_ha.runtime import attributes
 from pkcs11_ha.runtime.member import Member
 from pkcs11_ha.runtime.party import Party
@@ -153,13 +153,20 @@ def _bring(
     party = replication.party
     handle, is_tagged = here.tagged.get(entry.uid, 0), True
     outweighed = [before] if before is not None else []
-    if not handle:
+    if not handle and _is_made(replication, member, entry, before):
+        is_tagged = False
+    elif not handle:
         for other, census in sources:
             source = census.of(entry, partial(replication.whereabouts.shows, other))
             if source is not None:
                 foretold = replication.settling.foretell(member, entry, outweighed, other, source)
                 outweighed += [foretold] if foretold is not None else []
-                handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
+                try:
+                    handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
+                except Refused:
+                    if foretold is not None:
+                        party.ledger.erase(foretold)
+                    raise
                 break
         else:
             why = "no other member shows which object it is: a find"
@@ -170,6 +177,16 @@ def _bring(
     party.ledger.mark(member, written, Stage.KEPT, party.there())
     for replica in outweighed:
         party.ledger.erase(replica)
+
+
+def _is_made(replication: Replication, member: Member, entry: Entry, before: Replica | None) -> bool:
+    """Whether what can bear no mark was announced and made, before somebody was interrupted."""
+    announced = (
+        before is not None and before.stage is Stage.ANNOUNCED and before.entry.version == entry.version
+    )
+    return (
+        announced and not has_id(entry.name.object_class) and replication.whereabouts.surplus(member, entry)
+    )
 
 
 def rewrap(replication: Replication, new: Generation, report: Report) -> None:

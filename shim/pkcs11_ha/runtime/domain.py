@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -102,7 +103,7 @@ def keeps_lengths(member: Member, key: DomainKey) -> bool:
     }
     spelling = mechanism(key.spellings[wrapping.KWP])
     made: list[int] = []
-    with on(member):
+    with suppress(Refused), on(member):
         try:
             made.append(create(member, {**template, ck.CKA_VALUE: value}))
             made.append(
@@ -111,11 +112,10 @@ def keeps_lengths(member: Member, key: DomainKey) -> bool:
             return (
                 attributes.read(member, member.session, made[1], (ck.CKA_VALUE,)).get(ck.CKA_VALUE) == value
             )
-        except Refused:
-            return False
         finally:
             for handle in made:
                 member.call("C_DestroyObject", member.session, handle)
+    return False
 
 
 # ---- bringing it in ----

@@ -229,11 +229,12 @@ class Message:
     """The parameter of a single message (PKCS#11 3.0).
 
     `buffers`: (pointer, field with its length or the length, unit), which a member reads and writes.
-    `generator`: field with the generator of the IV.
+    `generator`: field with the generator of the IV.  `tag`: the pointer to what comes with the last part.
     """
 
     buffers: tuple[tuple[str, str | int, Unit], ...]
     generator: str | None = None
+    tag: str = "pTag"
 
 
 MESSAGE_PARAMETERS: dict[str, Message] = {
@@ -241,7 +242,7 @@ MESSAGE_PARAMETERS: dict[str, Message] = {
         (("pIv", "ulIvLen", Unit.BYTES), ("pTag", "ulTagBits", Unit.BITS)), "ivGenerator"
     ),
     "CK_CCM_MESSAGE_PARAMS": Message(
-        (("pNonce", "ulNonceLen", Unit.BYTES), ("pMAC", "ulMACLen", Unit.BYTES)), "nonceGenerator"
+        (("pNonce", "ulNonceLen", Unit.BYTES), ("pMAC", "ulMACLen", Unit.BYTES)), "nonceGenerator", "pMAC"
     ),
     "CK_SALSA20_CHACHA20_POLY1305_MSG_PARAMS": Message(
         (("pNonce", "ulNonceLen", Unit.NONCE), ("pTag", 16, Unit.BYTES))

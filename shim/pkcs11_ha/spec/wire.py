@@ -344,7 +344,10 @@ def _message_parameters() -> str:
             size = (
                 f".bytes = {length}" if isinstance(length, int) else f".length = offsetof({name}, {length})"
             )
-            buffers.append(f"{{.pointer = offsetof({name}, {pointer}), {size}, .unit = HA_UNIT_{unit.name}}}")
+            tag = ", .is_tag = true" if pointer == message.tag else ""
+            buffers.append(
+                f"{{.pointer = offsetof({name}, {pointer}), {size}, .unit = HA_UNIT_{unit.name}{tag}}}"
+            )
         labels = "\n".join(f"    case {m}:" for m, structure in MESSAGES.items() if structure == name)
         generator = f"offsetof({name}, {message.generator})" if message.generator else "0"
         cases.append(
