@@ -33,15 +33,22 @@ def run(app: typer.Typer) -> int:
     if odd:
         shown = os.fsencode(odd).decode("utf-8", "backslashreplace")
         return _say(f"{NAME}: '{shown}' is not UTF-8 text: names and paths must be", MISUSED)
+    status = GOOD
     try:
         status = _run(app)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # Nobody reads on; what Python flushes at its end goes nowhere.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return WRONG
+    except BrokenPipeError:  # nobody reads on
+        return _let_go(WRONG)
+    except OSError as error:
+        return _let_go(status or _say(f"{NAME}: standard output: {error.strerror or error}", WRONG))
+
+
+def _let_go(status: int) -> int:
+    """What Python flushes at its end goes nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _run(app: typer.Typer) -> int:
