@@ -437,4 +437,7 @@ def test_lunas_own_file_is_not_edited(site: Site) -> None:
     assert (
         refused.stderr == f"{file} is Luna's own: p11ha import-luna {file} makes a file that can be changed\n"
     )
-    assert site.p11ha("luna", "hagroup", "recover", "-g", "grpA", "-config", str(file)).returncode == 0
+    recover = ("luna", "hagroup", "recover", "-g", "grpA", "-config", str(file))
+    assert "no such state directory" in site.p11ha(*recover).stderr
+    (site.directory / "state").mkdir()
+    assert site.p11ha(*recover).returncode == 0

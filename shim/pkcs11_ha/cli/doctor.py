@@ -110,7 +110,10 @@ def _other(other: Build, about: str) -> Finding:
 def _configuration(facts: Facts) -> Iterator[Finding]:
     if facts.problem:
         yield Finding(
-            WRONG, "configuration", facts.problem, "correct the file; docs/configuration.md has the options"
+            WRONG,
+            "configuration",
+            facts.problem,
+            "make or correct the file; docs/configuration.md has the options",
         )
         return
     assert facts.settings

@@ -43,7 +43,7 @@ def recover(
         raise _fail(f"no group {group!r}: there is {', '.join(g.label for g in settings.groups)}")
     if member and member not in names_of(found):
         raise _fail(f"no member {member!r} in group {group}: there is {', '.join(names_of(found))}")
-    state_dir, where = config.state_dir(os.environ), _directory()
+    state_dir, where = config.state_dir(os.environ), directory()
     asked = _written(where, lambda: requests.ask_to_recover(where, group, member))
     drained = requests.read(where).drained & {member or name for name in names_of(found)}
     users = sum(any(g.label == group for g in p.text.groups) for p in read_all(state_dir).processes if p.text)
@@ -70,7 +70,7 @@ def drain(
     """Let a member take no new work, for maintenance, until it is enabled again."""
     settings = _settings(path)
     group = _group_of(settings, member)
-    where = _directory()
+    where = directory()
     if not force and member not in requests.read(where).drained and not _others_serve(path, group, member):
         raise _fail(f"no other member of group {group.label} serves: --force drains {member} all the same")
     _written(where, lambda: requests.drain(where, member))
@@ -82,7 +82,7 @@ def drain(
 def enable(member: _Member, path: _Config = "", as_json: _Json = False) -> None:
     """Let a drained member take work again."""
     group = _group_of(_settings(path), member)
-    where = _directory()
+    where = directory()
     was = _written(where, lambda: requests.enable(where, member))
     text = f"{member} is enabled" if was else f"{member} was not drained"
     _said(as_json, group, member, text, drained=False)
@@ -113,7 +113,7 @@ def _settings(path: str) -> Config:
         raise _fail(str(error)) from None
 
 
-def _directory() -> str:
+def directory() -> str:
     """Where requests are written.  Applications make it when they begin: what they have not made may be mistyped."""
     state_dir = config.state_dir(os.environ)
     if not os.path.isdir(state_dir):  # noqa: PTH112 (as it was given)

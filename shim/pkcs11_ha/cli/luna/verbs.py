@@ -20,6 +20,7 @@ from pkcs11_ha.cli.luna.grammar import Command, UsageError
 from pkcs11_ha.cli.module import ModuleError
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.progress import progress
+from pkcs11_ha.cli.requests import directory
 from pkcs11_ha.config import Config, GroupConfig, MemberConfig
 from pkcs11_ha.luna import LOG_FILE, SERIAL_SIZE
 from pkcs11_ha.runtime import requests
@@ -464,7 +465,7 @@ def _recover(this: _Run) -> None:
 
 def _ask_to_recover(label: str) -> None:
     """As `p11ha recover`; raises OperatorError."""
-    where = requests.directory(config.state_dir(os.environ))
+    where = directory()
     try:
         requests.ask_to_recover(where, label, "")
     except OSError as error:

@@ -82,6 +82,8 @@ class Menu:
             return True, f"{error} : {meaning(error.rv)}"
         except NotDone as error:
             return True, f"not done : {error}"
+        except BrokenPipeError:
+            raise  # nobody reads on
         except OSError as error:
             return True, f"not done : {error}"
         except MemoryError:
