@@ -28,6 +28,7 @@ from shamir_mnemonic import EncryptedMasterSecret, Share, combine_mnemonics, gen
 
 from pkcs11_ha.cli import custody
 from pkcs11_ha.cli.custody import Check, CustodyError, Shares, Target, parse_shares
+from tests.memory import holds
 
 LIMIT_S = 20.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
@@ -597,24 +598,6 @@ def test_plain_zeroes_the_key_when_the_import_fails() -> None:
 
 
 # ---- where the key and the words are not
-
-
-# What is as large as all memory is a sanitizer's shadow: nobody's bytes.
-ALL_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def holds(pid: int, secret: bytes) -> bool:
-    """Whether a process has these bytes anywhere in memory that can be read (proc(5), maps)."""
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for mapping in of(pid, "maps").splitlines():
-            where, flags = mapping.split()[:2]
-            start, end = (int(each, 16) for each in where.split("-"))
-            if "r" in flags and end - start < ALL_MEMORY:
-                with suppress(OSError, OverflowError):  # [vvar], [vsyscall]
-                    memory.seek(start)
-                    if secret in memory.read(end - start):
-                        return True
-    return False
 
 
 @pytest.mark.parametrize(

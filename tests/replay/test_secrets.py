@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from demo.members import SoftToken
 from tests.conftest import ROOT
+from tests.memory import holds
 from tests.replay.killable import Killable, behind, killable
 
 ENDS = (
@@ -35,23 +35,6 @@ def members(
     directory = tmp_path_factory.mktemp("secrets")
     with killable(module, directory, map(behind, soft_models[:2]), recovery={"interval_s": 3600}) as made:
         yield made
-
-
-def holds(pid: int, secret: bytes) -> bool:
-    """Whether it is anywhere in the memory of a process."""
-    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
-        for line in maps:
-            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) r", line)
-            if not found:
-                continue
-            start, end = (int(each, 16) for each in found.groups())
-            try:
-                memory.seek(start)
-                if secret in memory.read(end - start):
-                    return True
-            except (OSError, OverflowError):
-                continue  # the kernel's own
-    return False
 
 
 @pytest.mark.parametrize("ending", ENDS)
