@@ -65,7 +65,7 @@ SANITIZED = $(BIN)/python build.py --sanitize=$(1) && PKCS11_HA_MODULE=$(CURDIR)
     LD_PRELOAD=$$($(CC) -print-file-name=lib$(2).so):$$($(CC) -print-file-name=libstdc++.so.6)
 
 asan: setup ## the tests with AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call SANITIZED,address,asan) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+	$(call SANITIZED,address,asan) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:handle_segv=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest $(TESTS)
 
 tsan: setup ## many threads in our C with ThreadSanitizer

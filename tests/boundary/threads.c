@@ -16,7 +16,7 @@
 
 #include "application.h"
 
-enum { MANY = 16, WORKERS = 8, ROUNDS = 10, LIVES = 30, SIGNATURES = 10, LOGINS = 100, PATIENCE_S = 60 };
+enum { MANY = 16, WORKERS = 8, ROUNDS = 10, LIVES = 30, SIGNATURES = 10, LOGINS = 100, PATIENCE_S = 240 };
 
 static CK_FUNCTION_LIST *p11;
 static pthread_barrier_t barrier;
