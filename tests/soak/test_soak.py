@@ -17,7 +17,7 @@ from tests.soak.checker import Report, table
 from tests.soak.plan import ARENAS, Arena
 from tests.soak.run import Order, run, soak
 
-SECONDS = float(os.environ.get("P11HA_SOAK_SECONDS") or 60)
+SECONDS = float(os.environ.get("P11HA_SOAK_SECONDS") or 85)
 SEED = int(os.environ.get("P11HA_SOAK_SEED") or random.SystemRandom().getrandbits(32))
 DOMAIN, MIXED = ARENAS
 NO_END = 10**9

@@ -161,12 +161,7 @@ def _bring(
             if source is not None:
                 foretold = replication.settling.foretell(member, entry, outweighed, other, source)
                 outweighed += [foretold] if foretold is not None else []
-                try:
-                    handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
-                except Refused:
-                    if foretold is not None:
-                        party.ledger.erase(foretold)
-                    raise
+                handle, is_tagged = replication.copying.copy_over(member, entry, other, source)
                 break
         else:
             why = "no other member shows which object it is: a find"
