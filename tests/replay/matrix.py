@@ -42,11 +42,7 @@ class Matrix:
 
     def taken(self, case: Case) -> bytes:
         """What the case is given, by the token."""
-        if not case.takes:
-            return b""
-        made = run(case.takes.script(self.undisturbed))
-        assert not made.startswith(b"C_"), made
-        return made
+        return run(case.takes.script(self.undisturbed)) if case.takes else b""
 
     def check(self, case: Case, out: bytes, given: bytes, what: str) -> None:
         """The output is right: the same as the token's own, or the token takes it."""
