@@ -80,14 +80,14 @@ static struct ha_boxes *map(int memory)
 bool ha_line_make(struct ha_line *line, int handed[HA_LINE_FDS])
 {
     int ends[2], memory = new_memory();
-    *line = (struct ha_line){.socket = -1, .process = -1};
+    *line = (struct ha_line){.peer = {-1, -1}};
     if (memory >= 0) line->boxes = map(memory);
     if (!line->boxes || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
         if (memory >= 0) close(memory);
         ha_line_close(line);
         return false;
     }
-    line->socket = ends[0];
+    line->peer.socket = ends[0];
     handed[0] = ends[1];
     handed[1] = memory;
     return true;
@@ -98,7 +98,7 @@ bool ha_line_take(struct ha_line *line, const int handed[HA_LINE_FDS])
 {
     struct stat status;
     int memory = handed[1], seals = fcntl(memory, F_GET_SEALS);
-    *line = (struct ha_line){.socket = handed[0], .process = -1};
+    *line = (struct ha_line){.peer = {handed[0], -1}};
     if (seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(memory, &status) == 0 &&
         status.st_size == sizeof(struct ha_boxes))
         line->boxes = map(memory);
@@ -124,8 +124,8 @@ void ha_line_close(struct ha_line *line)
 
 void ha_line_forget(struct ha_line *line)
 {
-    if (line->socket >= 0) close(line->socket);
-    *line = (struct ha_line){.socket = -1, .process = -1};
+    if (line->peer.socket >= 0) close(line->peer.socket);
+    *line = (struct ha_line){.peer = {-1, -1}};
 }
 
 /* ---- passing ---- */
@@ -136,7 +136,7 @@ static bool fits(const struct ha_message *message)
 }
 
 /* Over the socket, if need be, once whoever sleeps has been woken. */
-static enum ha_wire_result post(struct box *box, int fd, struct ha_message *message, uint64_t deadline)
+static enum ha_wire_result post(struct box *box, struct ha_peer peer, struct ha_message *message, uint64_t deadline)
 {
     ha_message_measure(message);
     atomic_store_explicit(&box->processor, sched_getcpu(), memory_order_relaxed);
@@ -146,16 +146,17 @@ static enum ha_wire_result post(struct box *box, int fd, struct ha_message *mess
     case EMPTY: break;
     case DOZING: wake(box); break;
     case SLEEPING:
-        if (send(fd, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) return HA_WIRE_GONE;
+        if (send(peer.socket, "", 1, MSG_NOSIGNAL | MSG_DONTWAIT) != 1) return HA_WIRE_GONE;
         break;
     case CLOSED: return HA_WIRE_GONE;
     default: return HA_WIRE_MALFORMED;
     }
-    return fits(message) ? HA_WIRE_DONE : ha_send(fd, message, deadline);
+    return fits(message) ? HA_WIRE_DONE : ha_send(peer, message, deadline);
 }
 
 /* Of a box that was posted. The copy is what is measured and read: the box is wiped, and not looked at again. */
-static enum ha_wire_result take(struct box *box, int fd, struct ha_message *message, size_t limit, uint64_t deadline)
+static enum ha_wire_result take(struct box *box, struct ha_peer peer, struct ha_message *message, size_t limit,
+                                uint64_t deadline)
 {
     uint32_t size = atomic_load_explicit(&box->size, memory_order_relaxed), state = POSTED;
     if (size != ELSEWHERE) {
@@ -165,7 +166,7 @@ static enum ha_wire_result take(struct box *box, int fd, struct ha_message *mess
     }
     if (!atomic_compare_exchange_strong(&box->state, &state, EMPTY))
         return state == CLOSED ? HA_WIRE_GONE : HA_WIRE_MALFORMED;
-    return size == ELSEWHERE ? ha_receive(fd, message, limit, deadline) : HA_WIRE_DONE;
+    return size == ELSEWHERE ? ha_receive(peer, message, limit, deadline) : HA_WIRE_DONE;
 }
 
 /* ---- waiting ---- */
@@ -230,21 +231,16 @@ static uint32_t doze(struct box *box, uint64_t until)
     return state;
 }
 
-/* At the socket, until a byte says that the box was posted; its end, or our shutdown() of it, ends the wait too.  So does
- * the end of the other process: what its library has started may have a copy of the socket. */
-static enum ha_wire_result sleep_at(const struct ha_line *line, uint64_t deadline)
+/* At the socket, until a byte says that the box was posted; its end, or our shutdown() of it, ends the wait too. */
+static enum ha_wire_result sleep_at(struct ha_peer peer, uint64_t deadline)
 {
     char byte;
     ssize_t n;
-    struct pollfd ends[] = {{.fd = line->socket, .events = POLLIN}, {.fd = line->process, .events = POLLIN}};
     do {
-        if (deadline && ha_monotonic_ns() >= deadline) return HA_WIRE_LATE;
-        if (poll(ends, 2, ha_left_ms(deadline)) < 0) {
-            if (errno != EINTR) return HA_WIRE_GONE;
-            ends[1].revents = 0;
-        }
-        n = recv(line->socket, &byte, 1, MSG_DONTWAIT);
-    } while (n < 0 && !ends[1].revents && (errno == EAGAIN || errno == EINTR));
+        enum ha_wire_result result = ha_wait(peer, POLLIN, deadline);
+        if (result != HA_WIRE_DONE) return result;
+        n = recv(peer.socket, &byte, 1, MSG_DONTWAIT);
+    } while (n < 0 && (errno == EAGAIN || errno == EINTR));
     return n == 1 ? HA_WIRE_DONE : HA_WIRE_GONE;
 }
 
@@ -253,17 +249,17 @@ static enum ha_wire_result sleep_at(const struct ha_line *line, uint64_t deadlin
 enum ha_wire_result ha_line_ask(struct ha_line *line, struct ha_message *message, size_t limit, uint64_t deadline)
 {
     struct box *box = &line->boxes->answer;
-    enum ha_wire_result result = post(&line->boxes->request, line->socket, message, deadline);
+    enum ha_wire_result result = post(&line->boxes->request, line->peer, message, deadline);
     if (result != HA_WIRE_DONE) return result;
     look(line, box);
     uint64_t dozed = ha_monotonic_ns() + DOZE_NS;
     uint32_t state = doze(box, deadline && deadline < dozed ? deadline : dozed);
     if (state == DOZING && atomic_compare_exchange_strong(&box->state, &state, SLEEPING)) {
-        result = sleep_at(line, deadline);
+        result = sleep_at(line->peer, deadline);
         if (result != HA_WIRE_DONE) return result;
         state = atomic_load(&box->state);
     }
-    return state == POSTED ? take(box, line->socket, message, limit, deadline) : HA_WIRE_MALFORMED;
+    return state == POSTED ? take(box, line->peer, message, limit, deadline) : HA_WIRE_MALFORMED;
 }
 
 enum ha_wire_result ha_line_hear(struct ha_line *line, struct ha_message *request)
@@ -272,10 +268,10 @@ enum ha_wire_result ha_line_hear(struct ha_line *line, struct ha_message *reques
     look(line, box);
     uint32_t state = doze(box, 0);
     if (state == CLOSED) return HA_WIRE_GONE;
-    return state == POSTED ? take(box, line->socket, request, HA_WIRE_MAX, 0) : HA_WIRE_MALFORMED;
+    return state == POSTED ? take(box, line->peer, request, HA_WIRE_MAX, 0) : HA_WIRE_MALFORMED;
 }
 
 enum ha_wire_result ha_line_answer(struct ha_line *line, struct ha_message *answer)
 {
-    return post(&line->boxes->answer, line->socket, answer, 0);
+    return post(&line->boxes->answer, line->peer, answer, 0);
 }

@@ -202,7 +202,7 @@ static void kill_locked(struct remote *remote)
     for (struct ha_channel *channel = remote->channels, *next; channel; channel = next) {
         next = channel->next;
         if (channel->in_use) {
-            shutdown(channel->line.socket, SHUT_RDWR);
+            shutdown(channel->line.peer.socket, SHUT_RDWR);
         } else {
             unlink_channel(remote, channel);
             channel_free(channel, false);
@@ -266,7 +266,7 @@ static struct ha_channel *new_channel(struct remote *remote)
     } else {
         reached = hand_over(remote->control, handed);
         for (unsigned k = 0; k < HA_LINE_FDS; k++) close(handed[k]);
-        channel->line.process = remote->pidfd;
+        channel->line.peer.process = remote->pidfd;
     }
     if (!channel->hand && !reached) {
         channel_free(channel, false);
@@ -340,10 +340,11 @@ static void channel_give(struct remote *remote, struct ha_channel *channel, bool
 /* ---- starting and connecting ---- */
 
 /* One message without a call: who the worker is and which functions it has. */
-static bool greet(struct remote *remote, const char *what, int fd, uint64_t deadline, char *error, size_t error_size)
+static bool greet(struct remote *remote, const char *what, struct ha_peer peer, uint64_t deadline, char *error,
+                  size_t error_size)
 {
     struct ha_message hello = {0};
-    enum ha_wire_result result = ha_receive(fd, &hello, HELLO_LIMIT, deadline);
+    enum ha_wire_result result = ha_receive(peer, &hello, HELLO_LIMIT, deadline);
     CK_ULONG version_size = 0, why_size = 0, has_size = 0;
     const char *version = NULL, *why = NULL, *has = NULL;
     bool is_worker = result == HA_WIRE_DONE && ha_frame_of(&hello).row == HA_WIRE_HELLO;
@@ -375,7 +376,7 @@ static int begin_life(struct remote *remote, const char *what, int fd, int pidfd
                       char *error, size_t error_size)
 {
     uint64_t deadline = ha_monotonic_ns() + limits_ms[HA_DEADLINE_CONNECT] * UINT64_C(1000000);
-    bool fine = greet(remote, what, fd, deadline, error, error_size);
+    bool fine = greet(remote, what, (struct ha_peer){fd, pidfd}, deadline, error, error_size);
     pthread_mutex_lock(&remote->lock);
     kill_locked(remote);
     remote->control = fd;

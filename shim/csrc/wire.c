@@ -192,34 +192,40 @@ uint64_t ha_monotonic_ns(void)
     return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
-int ha_left_ms(uint64_t deadline)
+/* For poll(). */
+static int left_ms(uint64_t deadline)
 {
     if (!deadline) return -1;
-    uint64_t now = ha_monotonic_ns(), left_ms = now < deadline ? (deadline - now) / 1000000U + 1 : 0;
-    return left_ms < 1000000 ? (int)left_ms : 1000000;
+    uint64_t now = ha_monotonic_ns(), left = now < deadline ? (deadline - now) / 1000000U + 1 : 0;
+    return left < 1000000 ? (int)left : 1000000;
 }
 
-/* Waits until the socket is ready; with no deadline it is the socket's own call that waits. */
-static bool wait_for(int fd, short event, uint64_t deadline)
+/* Until the socket is ready; what was sent before the other end died is there to be read. */
+enum ha_wire_result ha_wait(struct ha_peer peer, short event, uint64_t deadline)
 {
-    struct pollfd wanted = {.fd = fd, .events = event};
-    for (int left_ms; deadline && (left_ms = ha_left_ms(deadline)) != 0;) {
-        int ready = poll(&wanted, 1, left_ms);
-        if (ready > 0 || (ready < 0 && errno != EINTR)) return true;
-    }
-    return !deadline;
+    struct pollfd ends[] = {{.fd = peer.socket, .events = event}, {.fd = peer.process, .events = POLLIN}};
+    do {
+        if (poll(ends, 2, left_ms(deadline)) < 0) {
+            if (errno != EINTR) return HA_WIRE_GONE;
+        } else if (ends[0].revents) {
+            return HA_WIRE_DONE;
+        } else if (ends[1].revents) {
+            return poll(ends, 1, 0) == 1 ? HA_WIRE_DONE : HA_WIRE_GONE;
+        }
+    } while (!deadline || ha_monotonic_ns() < deadline);
+    return HA_WIRE_LATE;
 }
 
-enum ha_wire_result ha_send(int fd, struct ha_message *message, uint64_t deadline)
+enum ha_wire_result ha_send(struct ha_peer peer, struct ha_message *message, uint64_t deadline)
 {
     ha_message_measure(message);
-    const int flags = MSG_NOSIGNAL | (deadline ? MSG_DONTWAIT : 0);
     for (size_t sent = 0; sent < message->end;) {
-        ssize_t n = send(fd, message->bytes + sent, message->end - sent, flags);
+        ssize_t n = send(peer.socket, message->bytes + sent, message->end - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n > 0) {
             sent += (size_t)n;
         } else if (n < 0 && errno == EAGAIN) {
-            if (!wait_for(fd, POLLOUT, deadline)) return HA_WIRE_LATE;
+            enum ha_wire_result result = ha_wait(peer, POLLOUT, deadline);
+            if (result != HA_WIRE_DONE) return result;
         } else if (n == 0 || errno != EINTR) {
             return HA_WIRE_GONE;
         }
@@ -231,7 +237,7 @@ enum ha_wire_result ha_send(int fd, struct ha_message *message, uint64_t deadlin
  * One message of at most `limit` bytes, into a message whose bytes are overwritten.  Not a byte may follow it: the
  * other end speaks only when it is asked.
  */
-enum ha_wire_result ha_receive(int fd, struct ha_message *message, size_t limit, uint64_t deadline)
+enum ha_wire_result ha_receive(struct ha_peer peer, struct ha_message *message, size_t limit, uint64_t deadline)
 {
     struct ha_frame frame = {0};
     size_t whole = sizeof frame, got = 0;
@@ -240,9 +246,13 @@ enum ha_wire_result ha_receive(int fd, struct ha_message *message, size_t limit,
     message->end = 0;
     if (!reserve(message, HA_WIRE_SMALL)) return HA_WIRE_MALFORMED;
     while (got < whole) {
-        if (!wait_for(fd, POLLIN, deadline)) return HA_WIRE_LATE;
-        ssize_t n = recv(fd, message->bytes + got, message->room - got, deadline ? MSG_DONTWAIT : 0);
-        if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN)) return HA_WIRE_GONE;
+        ssize_t n = recv(peer.socket, message->bytes + got, message->room - got, MSG_DONTWAIT);
+        if (n < 0 && errno == EAGAIN) {
+            enum ha_wire_result result = ha_wait(peer, POLLIN, deadline);
+            if (result != HA_WIRE_DONE) return result;
+        } else if (n == 0 || (n < 0 && errno != EINTR)) {
+            return HA_WIRE_GONE;
+        }
         if (n < 0) continue;
         message->end = got += (size_t)n;
         if (whole == sizeof frame && got >= sizeof frame) {

@@ -40,6 +40,12 @@ struct ha_message {
     bool no_memory;
 };
 
+/* The other end.  What its library has started may keep its socket open when it has died, so its process is watched. */
+struct ha_peer {
+    int socket;
+    int process; /* a pidfd, not ours to close; -1: not known */
+};
+
 enum ha_wire_result { HA_WIRE_DONE, HA_WIRE_GONE, HA_WIRE_LATE, HA_WIRE_MALFORMED };
 
 /* How a value that may be NULL, an array or a structure is sent. */
@@ -86,9 +92,9 @@ bool ha_message_copy(struct ha_message *message, const void *bytes, size_t size)
 
 /* `deadline` in monotonic ns, 0: none. */
 uint64_t ha_monotonic_ns(void);
-int ha_left_ms(uint64_t deadline); /* for poll() */
-enum ha_wire_result ha_send(int fd, struct ha_message *message, uint64_t deadline);
-enum ha_wire_result ha_receive(int fd, struct ha_message *message, size_t limit, uint64_t deadline);
+enum ha_wire_result ha_wait(struct ha_peer peer, short event, uint64_t deadline);
+enum ha_wire_result ha_send(struct ha_peer peer, struct ha_message *message, uint64_t deadline);
+enum ha_wire_result ha_receive(struct ha_peer peer, struct ha_message *message, size_t limit, uint64_t deadline);
 struct ha_frame ha_frame_of(const struct ha_message *message);
 
 void *ha_secret_pages(size_t size); /* zeroed; not in core dumps nor in children; NULL: no memory */
@@ -101,8 +107,7 @@ enum { HA_LINE_FDS = 2 }; /* that are handed over: socket, memory */
 
 struct ha_line {
     struct ha_boxes *boxes; /* shared with the other end */
-    int socket;
-    int process;            /* pidfd of the other end's, not ours to close; -1: not known */
+    struct ha_peer peer;
     unsigned in_vain, skip; /* looks for a message before sleeping: that did not pay, to be left out */
 };
 

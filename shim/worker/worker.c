@@ -121,7 +121,7 @@ static bool greet(int control, const char *error, unsigned major, unsigned minor
     ha_put(&hello, major);
     ha_put(&hello, minor);
     ha_put_bytes(&hello, has, sizeof has);
-    bool sent = !hello.no_memory && ha_send(control, &hello, 0) == HA_WIRE_DONE;
+    bool sent = !hello.no_memory && ha_send((struct ha_peer){control, -1}, &hello, 0) == HA_WIRE_DONE;
     ha_message_free(&hello);
     return sent && !error;
 }

@@ -26,7 +26,7 @@ static char directory[] = "/tmp/p11ha-fuzz-XXXXXX", path[64];
 
 enum ha_wire_result __wrap_ha_line_ask(struct ha_line *line, struct ha_message *message, size_t limit,
                                        uint64_t deadline);
-enum ha_wire_result __wrap_ha_receive(int fd, struct ha_message *message, size_t limit, uint64_t deadline);
+enum ha_wire_result __wrap_ha_receive(struct ha_peer peer, struct ha_message *message, size_t limit, uint64_t deadline);
 int __real_munmap(void *at, size_t size);
 
 static void remove_directory(void)
@@ -110,9 +110,9 @@ static enum ha_wire_result lie(struct ha_message *message, size_t limit)
 }
 
 /* The greeting. */
-enum ha_wire_result __wrap_ha_receive(int fd, struct ha_message *message, size_t limit, uint64_t deadline)
+enum ha_wire_result __wrap_ha_receive(struct ha_peer peer, struct ha_message *message, size_t limit, uint64_t deadline)
 {
-    (void)fd, (void)deadline;
+    (void)peer, (void)deadline;
     asked = (struct ha_frame){.row = HA_WIRE_HELLO};
     return input ? lie(message, limit) : greet(message, limit);
 }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import threading
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from demo.members import SoftToken, Worker, softhsm
+from demo.members import SoftToken, Table, Toml, Worker, softhsm
+from pkcs11_ha.runtime import native
+from tests import p11
 from tests.conftest import ROOT, GroupFactory
 from tests.ha.app import until
 from tests.ha.conftest import StartFactory
@@ -267,17 +272,27 @@ def test_stopped_worker_is_continued_some_day(tokens: Tokens, start: StartFactor
     assert f"signal: {signal.SIGCONT:d}/" in Path(f"/proc/{worker}/timers").read_text()
 
 
+@pytest.fixture(scope="module")
+def forking_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SoftHSM behind a library that starts a process, which has a copy of every descriptor."""
+    flags = "-std=c11 -Wall -Wextra -Werror -shared -fPIC -Wl,-Bsymbolic".split()
+    made = tmp_path_factory.mktemp("forking") / "libforking.so"
+    source = Path(__file__).with_name("forking.c")
+    subprocess.run(["cc", *flags, f"-I{ROOT / 'include'}", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+def forking(token: SoftToken, module: Path, **options: Toml) -> Table:
+    env = token.env | {"FORKING_MODULE": str(softhsm())}
+    return token.member(host="worker", module=str(module), env=env, **options)
+
+
 @pytest.mark.timeout(15)  # the limit of its calls is longer
 def test_what_the_library_has_started_dies_with_its_worker(
-    tokens: Tokens, start: StartFactory, directory: Path
+    tokens: Tokens, start: StartFactory, forking_library: Path
 ) -> None:
-    """And does not hide its death, though it has a copy of every descriptor."""
-    flags = "-std=c11 -Wall -Wextra -Werror -shared -fPIC -Wl,-Bsymbolic".split()
-    library = directory / "libforking.so"
-    source = Path(__file__).with_name("forking.c")
-    subprocess.run(["cc", *flags, f"-I{ROOT / 'include'}", "-o", library, source, "-ldl"], check=True)
-    env = tokens[0].env | {"FORKING_MODULE": str(softhsm())}
-    east = tokens[0].member(host="worker", module=str(library), env=env)
+    """And does not hide its death."""
+    east = forking(tokens[0], forking_library)
     app = start(east, tokens[1].member(), balance="primary-first")
     session = app.open()
     session.random(1)
@@ -287,6 +302,33 @@ def test_what_the_library_has_started_dies_with_its_worker(
     session.random(1)
     assert app.served(session) == "west"
     until(lambda: gone(worker, kept), "both are gone")
+
+
+@pytest.mark.timeout(15)
+def test_death_is_heard_while_much_is_sent(
+    tokens: Tokens, start: StartFactory, forking_library: Path
+) -> None:
+    """More than a socket holds: without a limit to the call, the socket alone would wait for ever."""
+    east = forking(tokens[0], forking_library, call_timeout_s="none")
+    app = start(east, tokens[1].member(), balance="primary-first")
+    session = app.open()
+    session.init("C_DigestInit", p11.CKM_SHA256)
+    (worker,) = [pid for pid in started_by(os.getpid()) if children(pid)]
+    (kept,) = children(worker)
+    os.kill(worker, signal.SIGSTOP)
+    data, digest = bytes(4 << 20), ctypes.create_string_buffer(32)
+    arguments = ("C_Digest", data, len(data), digest, ctypes.byref(ctypes.c_ulong(32)))
+    sender = threading.Thread(target=session.call, args=arguments, daemon=True)
+    sender.start()
+    until(lambda: native.lib.ha_member_in_flight(app.core.members["east"].native), "the call is inside")
+    sender.join(0.2)
+    os.kill(worker, signal.SIGKILL)
+    sender.join(8)
+    with suppress(ProcessLookupError):
+        os.kill(kept, signal.SIGKILL)  # else nothing here ends if nobody has heard
+    assert not sender.is_alive()
+    assert digest.raw == sha256(data).digest()
+    assert app.served(session) == "west"
 
 
 def test_limit_of_file_sizes_is_no_death_of_the_application(
