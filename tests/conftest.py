@@ -20,6 +20,11 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+# `make asan` and `make tsan` say another one, in a directory of the sanitizer's name.
+MODULE = Path(os.environ.get("PKCS11_HA_MODULE") or ROOT / "build" / "libpkcs11-ha.so")
+SANITIZERS = {"asan": "address", "tsan": "thread"}
+# With no module at all neither: libp11-kit waits in freelocale(), from its destructor, for a lock that is never let go.
+P11_KIT_DOES_NOT_END = "beside AddressSanitizer programs of p11-kit and GnuTLS do not end"
 
 ServerFactory = Callable[[SoftToken], Server]
 
@@ -50,13 +55,24 @@ class GroupFactory(Protocol):
     ) -> Group: ...
 
 
+def is_sanitized(module: Path) -> bool:
+    """Built by `make asan` or `make tsan`."""
+    return module.parent.name in SANITIZERS
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What cannot run beside a sanitizer says why."""
+    mark = item.get_closest_marker("not_sanitized")
+    if mark and is_sanitized(MODULE):
+        pytest.skip(mark.args[0])
+
+
 @pytest.fixture(scope="session")
 def module() -> Path:
     """The module under test. A missing one is a failure: a skipped suite would look like a passed one."""
-    path = Path(os.environ.get("PKCS11_HA_MODULE") or ROOT / "build" / "libpkcs11-ha.so")  # `make asan`
-    if not path.exists():
-        pytest.fail(f"{path} is missing: run `make build`")
-    return path
+    if not MODULE.exists():
+        pytest.fail(f"{MODULE} is missing: run `make build`")
+    return MODULE
 
 
 @pytest.fixture

@@ -22,10 +22,9 @@ import build
 from demo.members import SoftToken, scratch
 from tests import p11
 from tests.boundary.hosts import Host
-from tests.conftest import ROOT, Group, GroupFactory
+from tests.conftest import ROOT, SANITIZERS, Group, GroupFactory, is_sanitized
 
 HERE = Path(__file__).parent
-SANITIZERS = {"asan": "address", "tsan": "thread"}
 
 PIN = "123456"
 LABEL = "signing"
@@ -48,11 +47,6 @@ class Hosts(Protocol):
         preload: Sequence[Path] = ...,
         deaf: bool = ...,
     ) -> Host: ...
-
-
-def is_sanitized(module: Path) -> bool:
-    """Built by `make asan` or `make tsan`."""
-    return module.parent.name in SANITIZERS
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.boundary.conftest import Pair, Program, is_sanitized
+from tests.boundary.conftest import Pair, Program
 from tests.boundary.hosts import environment
-from tests.conftest import GroupFactory
+from tests.conftest import GroupFactory, is_sanitized
 
 LIVES, SESSIONS = (int(word) for word in os.environ.get("P11HA_LEAKS", "300 50000").split())
 NOISE_KIB = 1024

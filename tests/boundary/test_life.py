@@ -9,9 +9,9 @@ import pytest
 
 from demo.members import Server
 from tests import p11
-from tests.boundary.conftest import Hosts, Pair, is_sanitized, must_sign
+from tests.boundary.conftest import Hosts, Pair, must_sign
 from tests.boundary.hosts import Host, ulong, wait_until
-from tests.conftest import Group, GroupFactory, ServerFactory
+from tests.conftest import Group, GroupFactory, ServerFactory, is_sanitized
 
 MUTEX = (0xDEAD0001, 0xDEAD0002, 0xDEAD0003, 0xDEAD0004)  # never called
 NO_MUTEX = (0, 0, 0, 0)

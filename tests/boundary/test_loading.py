@@ -15,11 +15,10 @@ from tests.boundary.conftest import (
     Pair,
     Program,
     compile_c,
-    is_sanitized,
     must_sign,
 )
 from tests.boundary.hosts import PATIENCE_S, environment
-from tests.conftest import Group, GroupFactory
+from tests.conftest import Group, GroupFactory, is_sanitized
 
 
 @pytest.mark.parametrize("how", ["local", "global", "deepbind", "preload"])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.boundary.conftest import NO_DEEPBIND, Hosts, Pair, is_sanitized
+from tests.boundary.conftest import NO_DEEPBIND, Hosts, Pair
 from tests.boundary.pythons import SIGN, Python, of_other_versions, of_this_version
 from tests.boundary.test_fail_closed import must_refuse
-from tests.conftest import ROOT, Group, GroupFactory
+from tests.conftest import ROOT, Group, GroupFactory, is_sanitized
 
 LOADED = ["", "RTLD_GLOBAL", "RTLD_DEEPBIND"]
 

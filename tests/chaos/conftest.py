@@ -11,10 +11,10 @@ from typing import Protocol
 
 import pytest
 
-from tests.boundary.conftest import is_sanitized
 from tests.chaos import crash, members
 from tests.chaos.history import History
 from tests.chaos.members import Domain
+from tests.conftest import is_sanitized
 
 MEMORY = Path("/dev/shm")
 

@@ -10,6 +10,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from tests.clients.conftest import Keys, KillableFactory
 from tests.clients.programs import Done, Token
+from tests.conftest import P11_KIT_DOES_NOT_END
+
+pytestmark = pytest.mark.not_sanitized(P11_KIT_DOES_NOT_END)
 
 
 def tool(token: Token, *arguments: str) -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def linked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
+def preload(module: Path) -> dict[str, str]:
+    """Behind what is there already: a sanitizer has to come first."""
+    return {"LD_PRELOAD": ":".join([*filter(None, [os.environ.get("LD_PRELOAD")]), str(module)])}
+
+
 def run(token: Token, linked: Path) -> list[str]:
-    with token.talk(linked, token.pin, env={"LD_PRELOAD": str(token.module)}) as program:
+    with token.talk(linked, token.pin, env=preload(token.module)) as program:
         said = [program.hear(), program.ask("sign"), program.ask("sign")]
         program.end()
     return said
@@ -70,7 +76,7 @@ def test_the_program_signs_on_when_a_member_dies(
     members: tuple[Table, Table] = (east.member(instance="shared"), west.member())
     made = group(*members)
     token = in_group(module, made, east.pin, directory)
-    with token.talk(linked, token.pin, env={"LD_PRELOAD": str(module)}) as program:
+    with token.talk(linked, token.pin, env=preload(module)) as program:
         assert [program.hear(), program.ask("sign")] == ["pkcs11-ha", "8"]
         west.kill()
         assert [program.ask("sign"), program.ask("sign")] == ["8", "8"]
