@@ -397,8 +397,8 @@ struct birth {
     int error;
 };
 
-/* In the new process, which shares our memory until it has loaded the worker. */
-static int become_worker(void *argument)
+/* In the new process, which shares our memory until it has loaded the worker; its stack is none that a sanitizer knows. */
+__attribute__((no_sanitize_address)) static int become_worker(void *argument)
 {
     struct birth *birth = argument;
     int control = fcntl(birth->control, F_DUPFD, HA_WIRE_FD + 1), null = open("/dev/null", O_RDWR);
@@ -413,7 +413,7 @@ static int become_worker(void *argument)
     _exit(127);
 }
 
-static int give_birth(void *argument)
+__attribute__((no_sanitize_address)) static int give_birth(void *argument)
 {
     struct birth *birth = argument;
     birth->pid = clone(become_worker, birth->stack + STACK, CLONE_VM | CLONE_VFORK | SIGCHLD, birth);
