@@ -34,7 +34,7 @@ class Debt:
 
     member: str
     open: tuple[str, ...]  # writes that are not done there: made, changed or destroyed
-    missing: tuple[str, ...]  # objects of the ledger that it has no entry of
+    missing: tuple[str, ...]  # other objects of the ledger that it has no entry of
 
 
 def debts(replication: Replication) -> list[Debt]:
@@ -42,6 +42,7 @@ def debts(replication: Replication) -> list[Debt]:
     party = replication.party
     try:
         owed: dict[str, list[str]] = {member.name: [] for member in party.members}
+        told = set()
         for uid in party.ledger.open(party.there()):
             situation = replication.settling.situation(uid)
             if situation is None:
@@ -49,10 +50,13 @@ def debts(replication: Replication) -> list[Debt]:
             what = "make or change" if situation.target.alive else "destroy"
             for name in situation.behind | situation.away:
                 owed.setdefault(name, []).append(f"{what} {bulk.describe(situation.target.name)}")
+                told.add((name, uid))
         missing: dict[str, list[str]] = {}
         for member in party.there():
             short = bulk.shortfall(party, member).missing
-            missing[member.name] = [bulk.describe(entry.name) for entry in short]
+            missing[member.name] = [
+                bulk.describe(entry.name) for entry in short if (member.name, entry.uid) not in told
+            ]
     except FAILURES as error:
         raise OperatorError(str(error)) from None
     return [Debt(name, tuple(each), tuple(missing.get(name, ()))) for name, each in owed.items()]
