@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 60
 LEAKS ?= 10000 1000000
 TESTS ?=
 # ThreadSanitizer does not follow a fork into its child, which makes its locks anew.
-THREADED := tests/boundary/test_threads.py tests/ha/test_stress.py tests/worker -k 'not fork'
+THREADED := tests/boundary/test_threads.py tests/ha/test_stress.py tests/replay/test_threads.py tests/worker -k 'not fork'
 
 BIN := .venv/bin
 C_FLAGS := -std=c11 -O2 -Wall -Wextra -Wconversion -Werror -Iinclude -pthread
