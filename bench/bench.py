@@ -63,7 +63,7 @@ LONG_CALL_US = 10.0
 LONG_CALL_RATIO = 0.97
 OPEN_CLOSE_ADDED_NS = 1000.0
 PAIR_TO_TWO_BARE = 0.9
-WORKER_TO_SERVER = {"random32": 3.0}  # where the way there and back is what costs
+WORKER_TO_SERVER = {"random32": 3.0, "hmac_sha256_64": 3.0}  # where the way there and back is what costs
 PAIR_TO_BARE = {"ecdsa_p256_sign": 1.9, "hmac_sha256_64": 3.3, "aes_cbc_1k": 3.3, "aes_gcm_1k": 3.3}
 
 

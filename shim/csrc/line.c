@@ -32,7 +32,7 @@
 #endif
 
 enum { BOX = 1 << 14, LOOKS = 32, MOST_SKIPPED_BITS = 10 };
-enum { LOOK_NS = 20000, DOZE_NS = 1000000 };
+enum { LOOK_NS = 100000, DOZE_NS = 1000000 };
 
 /* DOZING on the state, SLEEPING at the socket. */
 enum { EMPTY, DOZING, SLEEPING, POSTED, CLOSED };
@@ -193,8 +193,9 @@ static bool has_processors(void)
 }
 
 /*
- * For as long as going to sleep and being woken takes, if the other end is not on our own processor, where it cannot
- * run while we look.  Each time in a row that it did not pay, twice as many waits go by without it.
+ * For as long as it takes that both ends go to sleep and are woken (on a virtual machine 50 us each), if the other end is
+ * not on our own processor, where it cannot run while we look.  Each time in a row that it did not pay, twice as many
+ * waits go by without it.
  */
 static void look(struct ha_line *line, struct box *box)
 {
