@@ -11,7 +11,7 @@ import pytest
 from demo.members import Toml
 from pkcs11_ha.runtime.member import Member
 from tests import p11
-from tests.conftest import GroupFactory, SoftTokenFactory
+from tests.conftest import GroupFactory
 from tests.ha import operations
 from tests.ha.app import SOON, stopped, until, working_until
 from tests.ha.conftest import Pair, StartFactory
@@ -186,29 +186,6 @@ def test_others_do_not_wait_for_an_attempt(pair: Pair, start: StartFactory) -> N
     for thread in threads:
         thread.join(20)
     working_until(lambda: operations.sign_ecdsa(use), lambda: not use.app.away(), "the member is back")
-
-
-def test_slow_attempts_at_several_members_do_not_add_up(
-    soft_token: SoftTokenFactory, start: StartFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The caller that makes them goes on once they have taken `connect_timeout_s` together."""
-    names = ("east", "west", "north")
-    core = start(*(soft_token(name).member() for name in names), recovery={"connect_timeout_s": 1}).core
-    (slot,) = [slot for slot in core.slots.values() if slot.is_group]
-    now, attempts = core.clock() + 10**15, []
-
-    def fail_slowly(member: Member) -> bool:
-        nonlocal now
-        attempts.append(member.name)
-        now += 6 * 10**8
-        return False
-
-    for member in slot.members:
-        core.leave_out(member, p11.CKR_DEVICE_ERROR, "C_Sign", "")
-    monkeypatch.setattr(core, "attempt", fail_slowly)
-    monkeypatch.setattr(core, "clock", lambda: now)
-    core.check(slot)
-    assert attempts == ["east", "west"]
 
 
 @pytest.mark.parametrize("name", ["C_Finalize", "C_Logout", "C_CloseSession"])

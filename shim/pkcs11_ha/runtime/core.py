@@ -290,12 +290,12 @@ class Core:
             return
         try:
             self.changes.heed()
-            started = self.clock()
             for member in slot.members:
+                started = self.clock()
                 if self._is_due(member):
                     self.attempt(member)
                 if self.clock() - started >= self.settings.recovery.connect_timeout_s * 1e9:
-                    break  # one caller does not wait for all that hang, nor for all that are slow
+                    break  # one caller does not wait for all that hang
             self.changes.go_on()
             self._tend(slot)
         finally:
