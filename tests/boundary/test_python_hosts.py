@@ -147,22 +147,23 @@ if __name__ == "__main__":
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers: worker.start()
-    for _ in range(5):
-        for _ in workers: rounds.acquire()
-        child = os.fork()
-        if child == 0:
-            use(module)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        assert module.rv("C_GetInfo", bytes(256)) == 0
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=use, args=(module,)) for _ in range(4)]
-    for child in children: child.start()
-    for child in children:
-        child.join()
-        assert child.exitcode == 0, child.exitcode
-    over.set()
-    for worker in workers: worker.join()
+    try:
+        for _ in range(5):
+            for _ in workers: rounds.acquire()
+            child = os.fork()
+            if child == 0:
+                use(module)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert module.rv("C_GetInfo", bytes(256)) == 0
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=use, args=(module,)) for _ in range(4)]
+        for child in children: child.start()
+        for child in children: child.join()
+        assert [child.exitcode for child in children] == [0] * 4
+    finally:
+        over.set()
+        for worker in workers: worker.join()
     sign(module)
     module.finalize()
     print("ok")

@@ -135,6 +135,82 @@ def test_login_that_a_member_stumbles_over_is_tried_again_there(
     assert tries(*three) == [1, 1, 1]
 
 
+def test_member_that_stumbles_over_every_login_is_left_out_for_another(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    three[0]["C_Login"].answers(p11.CKR_GENERAL_ERROR)
+    session.login(PIN)
+    assert app.away() == {"east"}
+    assert tries(*three) == [0, 1, 1]
+
+
+def test_wrong_pin_is_refused_by_the_member_that_looks_at_it(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    three[0]["C_Login"].answers(p11.CKR_GENERAL_ERROR)
+    assert code(lambda: session.login("wrong")) == "CKR_PIN_INCORRECT"
+    assert app.away() == set()
+    assert tries(*three) == [0, 1, 0]
+
+
+def test_what_all_members_stumble_over_is_the_answer_and_loses_none(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    for token in three:
+        token["C_Login"].answers(p11.CKR_GENERAL_ERROR)
+    assert code(lambda: session.login(PIN)) == "CKR_GENERAL_ERROR"
+    assert app.away() == set()
+    assert app.events("member.lost") == []
+    for token in three:
+        token["C_Login"].works()
+    session.login(PIN)
+
+
+def test_stumble_is_not_tried_again_where_a_pin_was_wrong(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    """The answer may be that token's way of saying so, and the next wrong one its last."""
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    for token in three:
+        token["C_Login"].answers(p11.CKR_GENERAL_ERROR)
+        token.shared.flags |= p11.CKF_USER_PIN_COUNT_LOW
+    assert code(lambda: session.login(PIN)) == "CKR_GENERAL_ERROR"
+    assert [token.calls("C_Login") for token in three] == [1, 1, 1]
+
+
+def test_stumble_is_tried_again_only_when_the_token_can_say_that_no_pin_was_wrong(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    app = start(three[0].member())
+    session = app.open()
+    three[0]["C_Login"].answers(p11.CKR_GENERAL_ERROR, times=1)
+    three[0]["C_GetTokenInfo"].answers(p11.CKR_GENERAL_ERROR, times=2)
+    session.login(PIN)
+    assert three[0].calls("C_Login") == 2
+    assert three[0].calls("C_GetTokenInfo") >= 3
+
+
+def test_library_that_denies_a_pin_which_its_token_shows_is_restarted(
+    three: list[FakeToken], start: StartFactory
+) -> None:
+    """As SoftHSM does that read a file while another process wrote it, on every member at once."""
+    app = start(*(token.member() for token in three), recovery={"interval_s": 3600})
+    session = app.open()
+    for token in three:
+        token["C_Login"].answers(p11.CKR_USER_PIN_NOT_INITIALIZED, times=4)
+    session.login(PIN)
+    assert app.away() == set()
+    assert len(app.events("member.recovered")) == 3
+    assert tries(*three) == [1, 1, 1]
+
+
 def test_login_on_a_member_without_a_session_left_says_so(
     three: list[FakeToken], start: StartFactory
 ) -> None:

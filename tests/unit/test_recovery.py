@@ -213,6 +213,36 @@ def test_member_absent_at_the_start_is_tried_like_a_lost_one(world: World) -> No
     assert up(core) == {"east", "west"}
 
 
+def fails_once(world: World, *members: str) -> None:
+    for member in members:
+
+        def connect(member: str = member) -> None:
+            world.works(member)
+            raise ConnectError(ck.CKR_TOKEN_NOT_PRESENT, "in pieces")
+
+        world.outcome[member] = connect
+
+
+def test_start_that_finds_nobody_looks_once_more(world: World) -> None:
+    """Many applications that start at once can meet all of SoftHSM's files half written."""
+    fails_once(world, "east", "west")
+    assert up(world.core("east", "west")) == {"east", "west"}
+    assert world.happened("member.lost") == 0
+
+
+def test_start_that_finds_somebody_goes_on(world: World) -> None:
+    fails_once(world, "east")
+    assert up(world.core("east", "west")) == {"west"}
+    assert world.happened("member.lost", "east") == 1
+
+
+def test_start_that_finds_nobody_twice_says_so_once(world: World) -> None:
+    world.fails("east")
+    world.fails("west")
+    assert up(world.core("east", "west")) == set()
+    assert world.happened("member.lost", "east") == 1
+
+
 def test_all_members_down_are_tried_too(world: World) -> None:
     core = world.core("east", "west", interval_s=60)
     lose(core, "east", "west")
@@ -278,6 +308,7 @@ def test_login_that_stumbles_is_tried_again_but_not_for_ever(
     core.slots[0].user, core.slots[0].secret = ck.CKU_USER, object()
     answers = [ck.CKR_GENERAL_ERROR, ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_OK]
     monkeypatch.setattr(Member, "login", lambda *_: answers.pop(0))
+    monkeypatch.setattr(Member, "token_flags", lambda _: 0)
     lose(core, "east")
     world.clock.pass_s(61)
     check(core)

@@ -24,7 +24,15 @@ def _login(handle: int, user: int, pin: Any, size: int) -> int | None:
     if user not in (ck.CKU_USER, ck.CKU_SO):
         raise CkError(ck.CKR_USER_TYPE_INVALID)
     core = current()
-    login.login(slot, user, Pin(pin, size), core.lose, core.refuse, core.in_time)
+    for again in (True, False):
+        try:
+            login.login(slot, user, Pin(pin, size), core.lose, core.refuse, core.in_time)
+            break
+        except login.NotLookedAt as error:
+            # Here, where nobody holds the login: a member that returns waits for that.
+            returned = [member for member in error.broken if again and core.reconnect_now(member)]
+            if not returned:
+                raise
     return None
 
 

@@ -26,6 +26,8 @@ SERIAL_SIZE = 16
 _NO_ANSWER = "no answer in time"
 _DRAINED = "it is drained: p11ha enable brings it back"
 _MAY_JOIN = 4  # members that have room in the status segment beside those of the start
+_AT_ONCE_NS = 250_000_000  # who fails so soon may be tried again before C_Initialize returns
+_PAUSE_S = 0.05
 _IDLE_STEP_S = 0.25  # how often the background thread looks whether an attempt is due
 
 
@@ -110,6 +112,19 @@ class Core:
         for member in self.members.values():
             if member.drained:  # it may be in pieces: nobody waits for it
                 member.why, member.loss_was_read = _DRAINED, True
+        began = self.clock()
+        self._connect_each(members)
+        nobody = all(member.state is MemberState.AWAY for member in members)
+        if members and nobody and self.clock() - began < _AT_ONCE_NS:
+            # Many applications that start at once can meet all tokens in pieces (SoftHSM's files).
+            time.sleep(_PAUSE_S)
+            self._connect_each([member for member in members if not member.connecting])
+        for member in members:
+            if member.state is MemberState.AWAY:
+                details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
+                self.log(Event("member.lost", "", member.name, details))
+
+    def _connect_each(self, members: list[Member]) -> None:
         if not self.may_use_threads:
             for member in members:
                 self._connect(member)
@@ -128,8 +143,6 @@ class Core:
             member.outage = Outage(self.clock())
             member.why = str(error) or _NO_ANSWER
             member.fault = _fault_of(error, "C_Initialize") or member.fault
-            details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
-            self.log(Event("member.lost", "", member.name, details))
 
     def _in_time_to_connect(self, member: Member, work: Callable[[], None]) -> None:
         def late(error: BaseException | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pkcs11_ha import ck
@@ -13,14 +14,27 @@ from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefus
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 
-_TRIES = 3
 # What SoftHSM answers, by itself or behind a server, when several processes log in at once, without a look at the
 # PIN. Of any other answer, a vendor's own above all, nobody knows whether it cost a try.
 _STUMBLES = (ck.CKR_TOKEN_NOT_PRESENT, ck.CKR_GENERAL_ERROR, ck.CKR_USER_PIN_NOT_INITIALIZED)
+_PAUSES_S = (0.005, 0.02, 0.08)  # before it is tried again: so long, a file that others write is in pieces
+# Flags of a token on which somebody's PIN was wrong since the last right one (PKCS#11 5.5.6, CK_TOKEN_INFO).
+_COUNTED = {
+    ck.CKU_USER: ck.CKF_USER_PIN_COUNT_LOW | ck.CKF_USER_PIN_FINAL_TRY | ck.CKF_USER_PIN_LOCKED,
+    ck.CKU_SO: ck.CKF_SO_PIN_COUNT_LOW | ck.CKF_SO_PIN_FINAL_TRY | ck.CKF_SO_PIN_LOCKED,
+}
 _NOT_LOOKED_AT = (Code.DEAD, Code.SESSION, Code.LIBRARY)
 
 Lose = Callable[[Member, int, str, int], None]
 InTime = Callable[[Callable[[], None]], bool]
+
+
+class NotLookedAt(CkError):
+    """Nobody has looked at the PIN; `broken` are the members whose libraries are at fault, and were lost."""
+
+    def __init__(self, rv: int, broken: Sequence[Member]) -> None:
+        super().__init__(rv)
+        self.broken = broken
 
 
 class Pin:
@@ -44,15 +58,25 @@ def own_pin(member: Member) -> Any:
 
 
 def login_member(member: Member, user: int, pin: Pin) -> int:
-    """Logs in on one member, with its own PIN if it has one; what the member said at last."""
+    """Logs in on one member, with its own PIN if it has one; what the member said at last.
+
+    One that stumbles is tried again, as long as its token says that no PIN was wrong there.
+    """
     own = own_pin(member) if user == ck.CKU_USER else None
     try:
         if own is not None:
             pin = Pin(native.lib.ha_secret_bytes(own), native.lib.ha_secret_size(own))
-        for _ in range(_TRIES):
-            rv = member.login(user, pin.pointer, pin.size)
+        rv = member.login(user, pin.pointer, pin.size)
+        for pause_s in _PAUSES_S:
             if rv not in _STUMBLES:
                 break
+            time.sleep(pause_s)
+            flags = member.token_flags()
+            if flags is None:
+                continue  # it cannot even say that now
+            if flags & _COUNTED[user]:
+                break
+            rv = member.login(user, pin.pointer, pin.size)
         return rv
     finally:
         if own is not None:
@@ -123,8 +147,9 @@ def login(
 ) -> None:
     """C_Login of CKU_USER or CKU_SO on a virtual slot (PKCS#11 5.6.8).  Raises CkError.
 
-    `lose(member, rv, call, epoch)` drops a member that failed, `refuse(member, rv)` one that alone refused a
-    PIN; `in_time(work)` does it in the time of `connect_timeout_s`, or answers False.
+    NotLookedAt among them: after `broken` were restarted it may be tried once more.  `lose(member, rv, call,
+    epoch)` drops a member that failed, `refuse(member, rv)` one that alone refused a PIN; `in_time(work)` does it
+    in the time of `connect_timeout_s`, or answers False.
     """
     with slot.login_lock:
         if slot.user != NOBODY:
@@ -163,6 +188,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
         if slot.working() and all(m.config.pin_source for m in slot.members):
             _verify_against_own(slot, pin)
             return
+    first, broken = ck.CKR_OK, list[Member]()
     for member in candidates:
         epoch = member.epoch
         try:
@@ -175,15 +201,33 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
         if rv == ck.CKR_USER_ALREADY_LOGGED_IN:
             # The host is logged in on this token by itself: the PIN is still to be verified.
             continue
-        code = member.code(rv)
-        if code in _NOT_LOOKED_AT or (code is Code.SUSPECT and not member.probe()):
+        code, stumbled = member.code(rv), rv in _STUMBLES
+        doubtful = stumbled or code is Code.SUSPECT
+        if code in _NOT_LOOKED_AT or (doubtful and _is_broken(member, rv)):
             lose(member, rv, "C_Login", epoch)
+            if stumbled:
+                broken.append(member)
             continue
         slot.log(Event("login.refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
-        raise CkError(rv)
+        if not stumbled:
+            raise CkError(rv)
+        first = first or rv
+    if first != ck.CKR_OK or broken:
+        raise NotLookedAt(first or ck.CKR_DEVICE_ERROR, broken)
     if any(member.state is MemberState.UP for member in candidates):
         raise CkError(ck.CKR_USER_ALREADY_LOGGED_IN)
     raise CkError(ck.CKR_DEVICE_ERROR)
+
+
+def _is_broken(member: Member, rv: int) -> bool:
+    """Whether a library does not work, or denies what its token's flags say.
+
+    SoftHSM goes on with what it once read of a file that another process was writing, until it is restarted.
+    """
+    if not member.probe():
+        return True
+    flags = member.token_flags() or 0
+    return rv == ck.CKR_USER_PIN_NOT_INITIALIZED and bool(flags & ck.CKF_USER_PIN_INITIALIZED)
 
 
 def _verify_against_own(slot: VirtualSlot, pin: Pin) -> None:

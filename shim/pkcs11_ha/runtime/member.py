@@ -337,6 +337,12 @@ class Member:
             rv = self.call("C_CloseSession", session[0])
         return rv == ck.CKR_OK
 
+    def token_flags(self) -> int | None:
+        """The flags of CK_TOKEN_INFO as they are now; None if it does not say."""
+        info = native.ffi.new("CK_TOKEN_INFO *")
+        rv = self.call("C_GetTokenInfo", native.lib.ha_member_slot_id(self.native), info)
+        return int(info.flags) if rv == ck.CKR_OK else None
+
     def _name(self) -> None:
         native.lib.ha_member_names(self.native, native.text(self.name), native.text(self.serial))
 
