@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests import p11
+from tests.conftest import SoftTokenFactory
 from tests.ha import operations
 from tests.ha.app import FAR, SOON, Application, code, until, working_until
 from tests.ha.conftest import Pair, StartFactory
@@ -378,3 +382,27 @@ def test_event_of_a_run_before_is_not_told_in_the_next(pair: Pair, start: StartF
     pair.east.start()
     use.app.module.initialize()
     assert use.app.slot_event() is None
+
+
+def test_library_that_two_members_share_is_restarted_when_both_are_away(
+    directory: Path, soft_token: SoftTokenFactory, start: StartFactory
+) -> None:
+    """SoftHSM looks for its tokens when it is initialised, and never again."""
+    east = soft_token("east")
+    subprocess.run(
+        "softhsm2-util --init-token --free --label west --so-pin 12345678 --pin 123456".split(),
+        env=os.environ | east.env,
+        check=True,
+        capture_output=True,
+    )
+    shared = dict(east.member()) | {"instance": "shared"}
+    west = shared | {"name": "west", "token": "pkcs11:token=west"}
+    store, elsewhere = east.directory / "tokens", directory / "elsewhere"
+    store.rename(elsewhere)
+    store.mkdir()
+    app = start(shared, west, recovery=SOON)
+    assert app.away() == {"east", "west"}
+    store.rmdir()
+    elsewhere.rename(store)
+    until(lambda: app.module.slots() and not app.away(), "both are back")
+    app.login("123456").random(8)

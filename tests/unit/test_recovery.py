@@ -205,6 +205,7 @@ def test_member_absent_at_the_start_is_tried_like_a_lost_one(world: World) -> No
     world.fails("east")
     core = world.core("east", "west", interval_s=60)
     assert up(core) == {"west"}
+    assert [(e.group, e.member) for e in world.events if e.name == "member.lost"] == [("prod", "east")]
     check(core)
     assert world.attempts == []  # the start was an attempt
     world.works("east")

@@ -46,19 +46,32 @@ def recover(
     state_dir, where = config.state_dir(os.environ), directory()
     asked = _written(where, lambda: requests.ask_to_recover(where, group, member))
     drained = requests.read(where).drained & {member or name for name in names_of(found)}
-    users = sum(any(g.label == group for g in p.text.groups) for p in read_all(state_dir).processes if p.text)
+    refused: dict[str, list[int]] = {}  # member -> the processes that do not try it
+    users = 0
+    for process in read_all(state_dir).processes:
+        for using in process.text.groups if process.text else ():
+            if using.label == group:
+                users += 1
+                for each in using.members:
+                    if each.stopped and member in ("", each.name):
+                        refused.setdefault(each.name, []).append(process.pid)
+    users -= len(refused.get(member, ()))
     if as_json:
-        _print({"group": group, "member": member, "serial": asked.serial, "processes": users})
+        said = {"group": group, "member": member, "serial": asked.serial, "processes": users}
+        _print(said | {"pin_refused": refused})
         return
     who = (
         f"{users} process{'' if users == 1 else 'es'}"
         if users
         else f"whoever uses it, unseen in {state_dir},"
     )
-    typer.echo(f"{group}: {who} will try {member or 'lost members'} at the next call")
+    if users or member not in refused:
+        typer.echo(f"{group}: {who} will try {member or 'lost members'} at the next call")
     for name in sorted(drained):
         typer.echo(f"{name} is drained and not tried: p11ha enable {name}")
-    typer.echo("A member that refused its PIN is not tried: correct the PIN, then restart the application.")
+    for name, pids in sorted(refused.items()):
+        who = f"process{'' if len(pids) == 1 else 'es'} {', '.join(map(str, sorted(pids)))}"
+        typer.echo(f"{name} refused its PIN and is not tried by {who}: correct the PIN, then restart")
 
 
 def drain(

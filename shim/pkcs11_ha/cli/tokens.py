@@ -190,9 +190,11 @@ def _look(member: Member, question: Question) -> Answer:
 
 
 def _token(member: Member, slot: int, slot_info: Mapping[str, Any], info: Mapping[str, Any]) -> Token:
-    count = native.ffi.new("CK_ULONG *")
-    if member.call("C_GetMechanismList", slot, native.ffi.NULL, count) != ck.CKR_OK:
-        count[0] = 0
+    mechanisms = 0
+    with suppress(ConnectError):
+        mechanisms = len(
+            member.mechanism_types(slot)
+        )  # the list itself: what is said of its length may be more
     return Token(
         slot,
         slot_info["slotDescription"],
@@ -201,7 +203,7 @@ def _token(member: Member, slot: int, slot_info: Mapping[str, Any], info: Mappin
         info["manufacturerID"],
         info["model"],
         tuple(name for name in _TOKEN_FLAGS if info["flags"] & getattr(ck, f"CKF_{name}")),
-        int(count[0]),
+        mechanisms,
     )
 
 

@@ -52,6 +52,7 @@ class Core:
         self.attempting = threading.Lock()  # one recovery attempt at a time
         self.changed = threading.Condition()  # a group vanished or returned, or the end has come
         self.stopping = False
+        self.tending: threading.Thread | None = None
         self.libraries = Libraries(self.may_use_threads, settings.recovery.connect_timeout_s)
         used = {name for group in settings.groups for name in (*group.members, *group.standby)}
         configs = [c for c in settings.members if c.name in used or not settings.ha.only]
@@ -68,13 +69,17 @@ class Core:
         self._connect_all()
         self.slots = self._make_slots(state_dir)
         for slot in self.slots.values():
+            for member in slot.members:
+                if member.state is MemberState.AWAY and not member.drained:
+                    details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
+                    self.log(Event("member.lost", slot.face.label, member.name, details))
+        for slot in self.slots.values():
             if slot.replication is not None:
                 slot.replication.party.told = self.tell
         self._tell()
         # slot id -> present, as C_WaitForSlotEvent last reported it
         self.reported = {slot.id: slot.present for slot in self.slots.values() if slot.is_group}
         self.log(Event("core.started", details={"version": __version__, "configuration": settings.path}))
-        self.tending: threading.Thread | None = None
         self.thread: threading.Thread | None = None
         self._start_background()
         if self.may_use_threads:
@@ -113,36 +118,35 @@ class Core:
             if member.drained:  # it may be in pieces: nobody waits for it
                 member.why, member.loss_was_read = _DRAINED, True
         began = self.clock()
-        self._connect_each(members)
-        nobody = all(member.state is MemberState.AWAY for member in members)
-        if members and nobody and self.clock() - began < _AT_ONCE_NS:
-            # Many applications that start at once can meet all tokens in pieces (SoftHSM's files).
-            time.sleep(_PAUSE_S)
-            self._connect_each([member for member in members if not member.connecting])
-        for member in members:
-            if member.state is MemberState.AWAY:
-                details: dict[str, str | int] = {"call": "C_Initialize", "why": member.why}
-                self.log(Event("member.lost", "", member.name, details))
-
-    def _connect_each(self, members: list[Member]) -> None:
-        if not self.may_use_threads:
+        if self.may_use_threads:
+            threads = [native.start_thread(partial(self._connect, m), "pkcs11-ha start") for m in members]
+            for thread in threads:
+                thread.join()
+        else:
             for member in members:
                 self._connect(member)
-            return
-        threads = [native.start_thread(partial(self._connect, m), "pkcs11-ha start") for m in members]
-        for thread in threads:
-            thread.join()
+        if all(member.state is MemberState.AWAY for member in members):
+            # Many applications that start at once can meet all tokens in pieces (SoftHSM's files).
+            time.sleep(_PAUSE_S if members else 0)
+            for member in members:  # one by one: who shares a library with others may restart it
+                if self.clock() - began < _AT_ONCE_NS and not member.connecting:
+                    self._connect(member)
 
     def _connect(self, member: Member) -> None:
         try:
-            self._in_time_to_connect(
-                member, lambda: member.connect(self.libraries, self.settings.recovery.connect_timeout_s)
-            )
+            self._in_time_to_connect(member, partial(self._reach, member))
             member.state = MemberState.UP
         except Exception as error:
             member.outage = Outage(self.clock())
             member.why = str(error) or _NO_ANSWER
             member.fault = _fault_of(error, "C_Initialize") or member.fault
+
+    def _reach(self, member: Member) -> None:
+        """Its library is restarted unless somebody else lives in it, or may yet."""
+        others = member.instance.members - {member.name} if member.instance else frozenset[str]()
+        known = self.former | self.members
+        alone = not any(known[name].state is MemberState.UP or self._is_stuck(known[name]) for name in others)
+        member.connect(self.libraries, self.settings.recovery.connect_timeout_s, alone)
 
     def _in_time_to_connect(self, member: Member, work: Callable[[], None]) -> None:
         def late(error: BaseException | None) -> None:
@@ -349,7 +353,7 @@ class Core:
     def _bring_back(self, member: Member, slots: list[VirtualSlot]) -> None:
         """Also when the caller has given up waiting: a success that comes late is a success."""
         failed = member.outage.failed
-        member.connect(self.libraries, self.settings.recovery.connect_timeout_s)
+        self._reach(member)
         for slot in slots:
             login.take_in(slot, member)
             slot.objects.reconcile(slot.index(member))

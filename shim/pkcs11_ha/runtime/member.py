@@ -19,6 +19,9 @@ from pkcs11_ha.runtime.library import Instance, Libraries, LibraryError
 from pkcs11_ha.spec.functions import INDEX
 
 _QUIET_STEP_S = 0.002
+# Slots may appear between the two calls of C_GetSlotList, as those of SoftHSM do while its files are written.
+_MORE_SLOTS = 4
+_LIST_PAUSES_S = (0, 0.01, 0.04)
 
 
 class MemberState(enum.Enum):
@@ -169,25 +172,25 @@ class Member:
 
     # ---- connection ----
 
-    def connect(self, libraries: Libraries, connect_timeout_s: float) -> None:
-        """Loads or restarts the library, finds the token, opens the service session.
+    def connect(self, libraries: Libraries, connect_timeout_s: float, alone: bool) -> None:
+        """Loads the library, or restarts it if this member is alone in it, finds the token, opens the service session.
 
         Raises ConnectError.  The member serves nobody yet: logging in and matching objects come next.
         """
         self.replacer = threading.get_ident()
         try:
-            self._connect(libraries, connect_timeout_s)
+            self._connect(libraries, connect_timeout_s, alone)
         finally:
             self.replacer = None
 
-    def _connect(self, libraries: Libraries, connect_timeout_s: float) -> None:
+    def _connect(self, libraries: Libraries, connect_timeout_s: float, alone: bool) -> None:
         native.lib.ha_member_new_epoch(self.native)  # from here on, handles of before are turned away
         fresh = True
         try:
             if self.instance is None:
                 self.instance = libraries.instance_for(self.config)
                 libraries.initialise(self.instance, self.config)
-            elif self._may_restart(connect_timeout_s):
+            elif alone and self._may_restart(connect_timeout_s):
                 libraries.restart(self.instance, self.config)
             else:
                 self.instance.resume()
@@ -213,14 +216,14 @@ class Member:
         if not fresh:
             self.call("C_CloseAllSessions", slot)  # those of its life before, and the login with them
         self.learn()
-        self.mechanisms = dict.fromkeys(self._mechanism_types())
+        self.mechanisms = dict.fromkeys(self.mechanism_types(slot))
         self._open_service_session()
         self._name()
 
     def _may_restart(self, connect_timeout_s: float) -> bool:
-        """Whether the library may be finalised: no sibling lives in it, and no call is inside it any more."""
+        """Whether the library may be finalised: it is ours, and no call is inside it any more."""
         assert self.instance
-        if self.instance.foreign or len(self.instance.members) > 1 or not self.instance.is_empty:
+        if self.instance.foreign or not self.instance.is_empty:
             return False
         if self.instance.remote:
             self.instance.abandon()
@@ -260,9 +263,11 @@ class Member:
 
     def _slots(self) -> Sequence[int]:
         count = native.ffi.new("CK_ULONG *")
-        for _ in range(3):  # slots may appear between the two calls
+        for pause_s in _LIST_PAUSES_S:
+            time.sleep(pause_s)
             self._must("C_GetSlotList", ck.CK_TRUE, native.ffi.NULL, count)
-            slots = native.ffi.new("CK_SLOT_ID[]", max(1, count[0]))
+            count[0] += _MORE_SLOTS
+            slots = native.ffi.new("CK_SLOT_ID[]", count[0])
             rv = self.call("C_GetSlotList", ck.CK_TRUE, slots, count)
             if rv == ck.CKR_OK:
                 return [int(slots[i]) for i in range(count[0])]
@@ -290,8 +295,9 @@ class Member:
             (info.firmwareVersion.major, info.firmwareVersion.minor),
         )
 
-    def _mechanism_types(self) -> Sequence[int]:
-        slot, count = native.lib.ha_member_slot_id(self.native), native.ffi.new("CK_ULONG *")
+    def mechanism_types(self, slot: int) -> Sequence[int]:
+        """Those of the token in a slot of its library; raises ConnectError."""
+        count = native.ffi.new("CK_ULONG *")
         self._must("C_GetMechanismList", slot, native.ffi.NULL, count)
         # One more than it says: p11-kit-client 0.24 reads a place too far when it takes one off its list.
         types = native.ffi.new("CK_MECHANISM_TYPE[]", count[0] + 1)

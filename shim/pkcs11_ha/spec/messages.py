@@ -67,8 +67,8 @@ MESSAGES: Mapping[str, Message] = {
     "login.member_refused": Message(
         "The PIN is right for the members before, and this one answered `code`: its PIN is another, locked, expired or"
         " not set. It is left out, and not tried again with that PIN.",
-        "Give the member the group's PIN, or its own by `pin_source`; unlock it there; then `p11ha recover GROUP"
-        " MEMBER`.",
+        "Give the member the group's PIN, or its own by `pin_source`; unlock it there; then restart the"
+        " applications: no process tries a PIN again that was refused.",
     ),
     "login.refused": Message(
         "The first member that was asked answered `code`: the application's PIN is wrong, or locked there. Or `why`:"
@@ -142,7 +142,7 @@ MESSAGES: Mapping[str, Message] = {
     ),
     "recovery.stopped": Message(
         "The PIN was changed on the member, or is locked or expired there. Another attempt could lock the token.",
-        "Set the PIN there to the group's (or `pin_source` to its new one), then `p11ha recover GROUP MEMBER`.",
+        "Set the PIN there to the group's (or `pin_source` to its new one), then restart the applications.",
     ),
     "replication.owed": Message(
         "The member refuses the object (`why`): no room, a mechanism or a key size that it lacks, a policy.",
