@@ -146,6 +146,7 @@ int ha_remote_start(int remote, char **arguments, char **environment, unsigned *
                     size_t error_size); /* a limit for each HA_DEADLINE_…, 0: none */
 int ha_remote_connect(int remote, char *path, unsigned *limits_ms, char *error, size_t error_size);
 int ha_remote_here(int remote, ha_library *library, void *list, unsigned count, unsigned *limits_ms); /* 0: no memory */
+void ha_remote_take_turns(int remote);      /* one call at a time */
 unsigned ha_remote_left_behind(int remote); /* calls inside a library of this process that nobody waits for any more */
 void *ha_remote_function(int remote, unsigned row); /* NULL: its library has none */
 void ha_remote_version(int remote, unsigned *major, unsigned *minor);

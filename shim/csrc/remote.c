@@ -6,7 +6,8 @@
  * is not well formed) kills the whole remote: every call on it answers CKR_DEVICE_ERROR until it is started or
  * connected anew.  What the worker says is measured before it is used.
  *
- * Or there is no worker, and the threads are ours (hand.c).  Then what goes wrong ends its own channel alone.
+ * Or there is no worker, and the threads are ours (hand.c).  Then what goes wrong ends its own channel alone, unless the
+ * library takes one call at a time: with one left behind in it, those that wait for their turn are told at once.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -48,7 +49,7 @@ struct remote {
     bool used, alive;
     uint32_t life; /* each start is another one */
     int control, pidfd;
-    unsigned idle;
+    unsigned idle, most;              /* channels without a call; how many there may be at all, 0: any number */
     unsigned limits_ms[HA_DEADLINES]; /* of a call of each class, 0: none */
     struct ha_channel *channels;
     struct ha_hands *hands; /* threads at the other ends; NULL: it is a worker's */
@@ -152,6 +153,7 @@ int ha_remote_new(void)
         found = (int)r;
         last_used = r;
         remotes[r].used = true;
+        remotes[r].most = 0;
     }
     pthread_mutex_unlock(&remotes_lock);
     return found;
@@ -278,13 +280,14 @@ static struct ha_channel *new_channel(struct remote *remote)
     return remote->channels = channel;
 }
 
-/* Threads of the application's process are not without number: so a call waits for one. */
+/* Threads of the application's process are not without number, and some libraries take one call at a time: so a call
+ * waits for a channel. */
 static bool is_full(const struct remote *remote)
 {
     unsigned count = 0;
-    if (!remote->hands || remote->idle) return false;
+    if (!remote->most || remote->idle) return false;
     for (const struct ha_channel *channel = remote->channels; channel; channel = channel->next) count++;
-    return count >= HANDS;
+    return count >= remote->most;
 }
 
 /* Not into another life: there the call's handles would mean something else. */
@@ -325,7 +328,8 @@ static void channel_give(struct remote *remote, struct ha_channel *channel, bool
     ha_message_wipe(&channel->message);
     pthread_mutex_lock(&remote->lock);
     bool current = remote->alive && channel->life == remote->life;
-    if (broken && current && !remote->hands) kill_locked(remote); /* it leaves this one to us */
+    /* It leaves this one to us.  Where calls take turns, nobody else's can come any more. */
+    if (broken && current && (!remote->hands || remote->most == 1)) kill_locked(remote);
     if (broken || !current || remote->idle == IDLE_CHANNELS) {
         unlink_channel(remote, channel);
         channel_free(channel, broken);
@@ -333,7 +337,7 @@ static void channel_give(struct remote *remote, struct ha_channel *channel, bool
         channel->in_use = false;
         remote->idle++;
     }
-    if (remote->hands) pthread_cond_signal(&remote->given);
+    if (remote->most) pthread_cond_signal(&remote->given);
     pthread_mutex_unlock(&remote->lock);
 }
 
@@ -547,6 +551,7 @@ int ha_remote_here(int number, ha_library *library, void *list, unsigned count, 
     pthread_mutex_lock(&remote->lock);
     kill_locked(remote);
     if (!remote->hands) remote->hands = ha_hands_new();
+    if (!remote->most) remote->most = HANDS;
     for (unsigned row = 0; row < HA_FUNCTIONS; row++) {
         remote->functions[row] = row < count && serve_rows[row] ? ha_library_function(library, list, row) : NULL;
         remote->has[row] = remote->functions[row] != NULL;
@@ -556,6 +561,14 @@ int ha_remote_here(int number, ha_library *library, void *list, unsigned count, 
     remote->alive = remote->hands;
     pthread_mutex_unlock(&remote->lock);
     return remote->alive;
+}
+
+/* From now on its library is given one call at a time; to wait for the turn counts in the limit of a call. */
+void ha_remote_take_turns(int number)
+{
+    pthread_mutex_lock(&remotes[number].lock);
+    remotes[number].most = 1;
+    pthread_mutex_unlock(&remotes[number].lock);
 }
 
 unsigned ha_remote_left_behind(int number)

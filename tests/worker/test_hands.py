@@ -42,8 +42,8 @@ def fakes(fake: FakeFactory) -> tuple[FakeToken, FakeToken]:
     return fake("east", signing_key()), fake("west", signing_key())
 
 
-def limited(*tokens: FakeToken, limit_s: float = LIMIT_S) -> list[Table]:
-    return [token.member(call_timeout_s=limit_s) for token in tokens]
+def limited(*tokens: FakeToken, limit_s: float = LIMIT_S, profile: str = "auto") -> list[Table]:
+    return [token.member(call_timeout_s=limit_s, profile=profile) for token in tokens]
 
 
 Fakes = tuple[FakeToken, FakeToken]
@@ -189,6 +189,40 @@ def test_more_callers_than_threads(fakes: Fakes, start: StartFactory) -> None:
     until(lambda: len(threads() - before) <= 32 + 1, "there are no more than there may be, and the watch")
     app.module.finalize()
     until(lambda: threads() <= before, "the threads have gone")
+
+
+def test_wait_for_ones_turn_counts_in_the_limit(fakes: Fakes, start: StartFactory) -> None:
+    """Where calls take turns, one that is late is the end of all that wait behind it; nobody follows it inside."""
+    east, _ = fakes
+    app = start(*limited(*fakes, limit_s=1, profile="p11-kit"), recovery=SOON, balance="primary-first")
+    app.login(PIN)
+    sessions = [app.open() for _ in range(8)]
+    took: list[float] = []
+
+    def timed(session: p11.Session) -> None:
+        began = time.monotonic()
+        session.random(8)
+        took.append(time.monotonic() - began)
+
+    finalised, initialised = east.calls("C_Finalize"), east.calls("C_Initialize")
+    with east["C_GenerateRandom"].holding():
+        callers = [threading.Thread(target=timed, args=(session,)) for session in sessions]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert len(took) == 8
+        assert max(took) < 1 + 2
+        assert (east["C_GenerateRandom"].held, left_behind(app, "east")) == (1, 1)
+        working_until(
+            random(sessions[0]),
+            lambda: "a call that was late is still inside it" in "".join(app.events("recovery.failed")),
+            "it is tried",
+        )
+        assert (east.calls("C_Finalize"), east.calls("C_Initialize")) == (finalised, initialised)
+    working_until(random(sessions[0]), lambda: app.events("member.recovered", "east"), "it is back")
+    assert (east.calls("C_Finalize"), east.calls("C_Initialize")) == (finalised + 1, initialised + 1)
+    assert not instance(app, "east").foreign
 
 
 def test_caller_for_whom_there_is_no_thread_has_a_limit_too(fakes: Fakes, start: StartFactory) -> None:

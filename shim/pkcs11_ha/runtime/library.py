@@ -17,6 +17,7 @@ from pkcs11_ha.spec.functions import FUNCTIONS, INDEX
 # Libraries whose function list is bound to the environment of the moment it was asked for: the variables need
 # not stand while it is initialised, which may take long (the server is asked).
 _ENV_AT_LIST = ("p11-kit-client",)
+_STILL_INSIDE = "a call that was late is still inside it"
 _MOST_LEFT_BEHIND = 8  # calls inside a library that nobody waits for: then it is called no more
 
 
@@ -98,6 +99,9 @@ class Instance:
     def abandon(self) -> None:
         """Makes calls that are stuck in it come back, where that can be done."""
 
+    def take_turns(self) -> None:
+        """Where others make the calls, they make one at a time from now on."""
+
     def leave(self) -> None:
         """The end of the run."""
         self.finalise()
@@ -168,16 +172,26 @@ class HandedInstance(Instance):
         """Leaves its state to those who are inside."""
         self._must_be_fit()
         if not _is_bound_by_list(self.config):
-            raise LibraryError(f"{self.path}: a call that was late is still inside it")
+            raise LibraryError(f"{self.path}: {_STILL_INSIDE}")
         self.outgrown.append(self.list)
         with environment(self.config):
             self.take_list()
 
+    def take_turns(self) -> None:
+        assert self.hands
+        self.hands.take_turns()
+
     def resume(self) -> None:
         self._must_be_fit()
+        if self.hands and not self.hands.is_alive:  # calls take turns, and one was late
+            if self.left_behind:
+                raise LibraryError(f"{self.path}: {_STILL_INSIDE}")
+            self._begin()
 
     def finalise(self) -> None:
         if not self.left_behind:
+            if self.initialised and self.hands and not self.hands.is_alive:
+                self._begin()  # the late one has come back
             super().finalise()
         self.initialised = False
         while self.hands and self.outgrown and not self.left_behind:
@@ -225,6 +239,9 @@ class RemoteInstance(Instance):
 
     def abandon(self) -> None:
         self.worker.kill()
+
+    def take_turns(self) -> None:
+        self.worker.take_turns()
 
     def finalise(self) -> None:
         """Whatever it holds ends with it, so that nothing need be asked of a library that may hang."""

@@ -206,7 +206,9 @@ class Member:
         guard = self.profile != "softhsm" and not instance.has_threads
         # p11-kit-client can lose a wake-up when its server dies under several threads, and leave one waiting for ever.
         one_by_one = instance.one_call_at_a_time or self.profile == "p11-kit"
-        native.lib.ha_member_traits(self.native, guard, one_by_one)
+        if one_by_one and instance.has_threads:
+            instance.take_turns()  # there: the limit of a call counts while it waits for its turn
+        native.lib.ha_member_traits(self.native, guard, one_by_one and not instance.has_threads)
         native.lib.ha_member_new_epoch(self.native)
         self.session = 0
         self.witnesses = {}

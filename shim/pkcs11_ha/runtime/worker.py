@@ -41,6 +41,15 @@ class Remote:
         """The stub of a row; NULL if the library has no such function."""
         return native.lib.ha_remote_function(self.number, row)
 
+    def take_turns(self) -> None:
+        """From now on its library is given one call at a time."""
+        native.lib.ha_remote_take_turns(self.number)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether calls are made."""
+        return bool(native.lib.ha_remote_alive(self.number))
+
     def kill(self) -> None:
         """At once; calls in it come back."""
         if self._is_ours:
