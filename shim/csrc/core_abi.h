@@ -18,7 +18,8 @@ enum {
     HA_WORKS = 256,  /* kinds of work: the first two are functions of one sort, */
     HA_WORK_INFORMATION = 0,
     HA_WORK_GENERATION = 1,
-    HA_WORK_COMPARED = 2 /* and from here on, by chance of a hash, cryptography that is like each other */
+    HA_WORK_COMPARED = 2, /* and from here on, by chance of a hash, cryptography that is like each other, */
+    HA_STAGES = 3         /* of an operation: each has every third kind */
 };
 
 /* One application call on its way through the members. `member` and `epoch` say where it stands. */

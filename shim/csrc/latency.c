@@ -27,6 +27,13 @@ static uint64_t mix(uint64_t hash, uint64_t value)
     return (hash ^ value) * 0x9E3779B97F4A7C15U;
 }
 
+/* The Stage of core/outlier.py: what begins work or asks for a length, a part of it, and what does it. */
+static unsigned stage_of(const ha_call *call, const struct ha_row *row)
+{
+    if (call->query || row->phase == HA_PHASE_INIT) return 0;
+    return row->phase == HA_PHASE_UPDATE ? 1 : 2;
+}
+
 /* Like and like: the same function, mechanism and key, and as much input, to a factor of two. */
 static unsigned kind_of_work(const ha_call *call, const struct ha_row *row)
 {
@@ -40,7 +47,8 @@ static unsigned kind_of_work(const ha_call *call, const struct ha_row *row)
     if (call->mechanism) hash = mix(hash, call->mechanism->mechanism);
     for (unsigned i = 0; i < call->objects; i++) hash = mix(hash, call->object[i]);
     hash = mix(hash, 64U - (unsigned)__builtin_clzll(call->size | 1));
-    return HA_WORK_COMPARED + (unsigned)((hash >> 32) % (HA_WORKS - HA_WORK_COMPARED));
+    unsigned number = (unsigned)((hash >> 32) % ((HA_WORKS - HA_WORK_COMPARED) / HA_STAGES));
+    return HA_WORK_COMPARED + number * HA_STAGES + stage_of(call, row);
 }
 
 RARE void ha_latency_sample(ha_call *call)

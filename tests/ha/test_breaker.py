@@ -153,6 +153,23 @@ def test_slow_member_is_ejected_and_gets_no_call(trio: TrioFactory) -> None:
     assert it.app.events("member.lost") == []
 
 
+def test_quick_calls_do_not_hide_a_slow_end(trio: TrioFactory) -> None:
+    """Twenty updates and a question for the length to one C_SignFinal, and all of them take the peers the same."""
+    it = trio(**AWAY)
+    for token in it.tokens:
+        for name in ("C_SignInit", "C_SignUpdate", "C_SignFinal"):
+            token[name].sleep_us = 50
+    it.north["C_SignFinal"].sleep_us = SLOW_US
+
+    def sign() -> None:
+        it.use.session.init("C_SignInit", p11.CKM_RSA_PKCS, it.use.key)
+        for _ in range(20):
+            it.use.session.feed("C_SignUpdate", b"part")
+        it.use.session.output("C_SignFinal")
+
+    working_until(sign, lambda: it.app.events("member.ejected", "north"), "it is ejected")
+
+
 def test_faulty_member_is_ejected(trio: TrioFactory) -> None:
     """It is full: what it refuses is done elsewhere, so the application sees nothing of it."""
     it = trio(**AWAY)

@@ -15,10 +15,12 @@ from pkcs11_ha.core.outlier import (
     SLOW_NS,
     Course,
     Histogram,
+    Kind,
     Move,
     Phase,
     Rule,
     Seat,
+    Stage,
     Trial,
     Window,
     due_ns,
@@ -44,7 +46,8 @@ RULE = Rule(
 )
 BUCKETS = 64
 NOW = 1000 * S
-SIGN, DIGEST = 7, 8
+SIGN, DIGEST = Kind(Stage.WORK, 7), Kind(Stage.WORK, 8)
+INIT, ASK, UPDATE = Kind(Stage.BEGIN, 7), Kind(Stage.BEGIN, 8), Kind(Stage.PART, 7)
 
 
 def bucket(ns: int) -> int:
@@ -60,7 +63,7 @@ def took(**calls: int) -> Histogram:
     return histogram
 
 
-def window(work: Mapping[int, Histogram], faults: int = 0, calls: int | None = None) -> Window:
+def window(work: Mapping[Kind, Histogram], faults: int = 0, calls: int | None = None) -> Window:
     timed = sum(sum(histogram) for histogram in work.values())
     return Window(timed if calls is None else calls, faults, work)
 
@@ -71,11 +74,17 @@ FAULTY = window({SIGN: took(us_500=60)}, faults=40, calls=100)
 
 
 def seat(does: Window = WELL, course: Course | None = None, trial: Trial = Trial.OPEN) -> Seat:
-    return Seat(course or Course(), does, does, trial)
+    return Seat(course or Course(), does, {}, does, trial)
+
+
+def together(seats: Mapping[int, Seat]) -> dict[int, Seat]:
+    """Their windows began at the same time."""
+    beside = {index: each.own for index, each in seats.items()}
+    return {index: replace(each, beside=beside) for index, each in seats.items()}
 
 
 def group(*does: Window) -> dict[int, Seat]:
-    return {index: seat(each) for index, each in enumerate(does)}
+    return together({index: seat(each) for index, each in enumerate(does)})
 
 
 def left_out(moves: Mapping[int, Move]) -> set[int]:
@@ -146,9 +155,26 @@ def test_only_like_is_compared_with_like() -> None:
 
 
 def test_quick_calls_do_not_hide_a_slow_one() -> None:
-    """An operation of twenty updates and one final call."""
+    """Twenty digests to a signature."""
     usual = window({DIGEST: took(us_5=200), SIGN: took(us_500=10)})
     assert ejected(usual, usual, window({DIGEST: took(us_5=200), SIGN: took(ms_30=10)})) == {2}
+
+
+@pytest.mark.parametrize("slow", [INIT, UPDATE, SIGN])
+def test_stages_of_an_operation_do_not_hide_each_other(slow: Kind) -> None:
+    """All take the same; an Init and a question for the length together are no more than a half."""
+    usual = {kind: took(us_50=20 if kind in (slow, INIT, ASK) else 400) for kind in (INIT, ASK, UPDATE, SIGN)}
+    well = window(usual)
+    assert ejected(well, well, window(usual | {slow: took(us_50=10, ms_20=10)})) == {2}
+    assert ejected(well, well, window(usual | {slow: took(us_50=17, ms_20=3)})) == set()
+
+
+def test_what_slows_all_at_once_ejects_nobody() -> None:
+    """However quick they were before: what counts is the same time."""
+    seats = {index: replace(seat(WELL), own=SLOW) for index in range(3)}
+    assert left_out(step(together(seats), RULE, NOW)) == set()
+    assert left_out(step(together(seats | {0: seat(WELL), 1: seat(WELL)}), RULE, NOW)) == {2}
+    assert left_out(step(seats, RULE, NOW)) == set()
 
 
 def test_little_proves_nothing() -> None:
@@ -177,7 +203,7 @@ def alone(
 ) -> Move:
     """The move of one member among three, so long after its course began."""
     seats = group(WELL, WELL) | {2: replace(seat(does, course, trial), stuck=stuck)}
-    return step(seats, RULE, course.since_ns + int(after_s * S))[2]
+    return step(together(seats), RULE, course.since_ns + int(after_s * S))[2]
 
 
 EJECTED = Course(Phase.EJECTED, NOW, 1)
@@ -282,7 +308,7 @@ histograms = st.lists(st.integers(0, 50), min_size=6, max_size=6).map(
 )
 windows = st.builds(
     lambda work, faults: window(work, faults, sum(map(sum, work.values())) + 2 * faults),
-    st.dictionaries(st.sampled_from([SIGN, DIGEST]), histograms),
+    st.dictionaries(st.sampled_from([INIT, SIGN, DIGEST]), histograms),
     st.integers(0, 60),
 )
 characters = st.sampled_from(
@@ -303,9 +329,9 @@ def groups(least: int = 1) -> st.SearchStrategy[dict[int, Seat]]:
 
     def kept(seats: Sequence[Seat]) -> dict[int, Seat]:
         floor = keep_floor({i: s.course for i, s in enumerate(seats)})
-        return {i: replace(s, course=floor[i]) for i, s in enumerate(seats)}
+        return together({i: replace(s, course=floor[i]) for i, s in enumerate(seats)})
 
-    each = st.builds(Seat, courses, characters, characters, st.sampled_from(Trial))
+    each = st.builds(Seat, courses, characters, st.just({}), characters, st.sampled_from(Trial))
     return st.lists(each, min_size=least, max_size=7).map(kept)
 
 
@@ -362,7 +388,7 @@ def test_whoever_is_ejected_is_tried_and_comes_back_once_it_is_well(
     seats: dict[int, Seat], trial: Trial
 ) -> None:
     now = NOW
-    well = {i: Seat(s.course, WELL, WELL, trial) for i, s in seats.items()}
+    well = together({i: Seat(s.course, WELL, {}, WELL, trial) for i, s in seats.items()})
     tried: set[int] = set()
     out = left_out({i: Move(s.course) for i, s in well.items() if s.course.phase is Phase.EJECTED})
     for _ in range(40):

@@ -1,8 +1,8 @@
 """Which members are ejected for being slow or faulty beside their peers, and how they come back: values in, values out.
 
 A member is compared on like with like alone: each kind of work (function, mechanism, key, size of the input) has a
-histogram of its own, and a call is slow only beside what the peers needed for the same kind.  Of two halves of a
-group that differ, the better one is the measure.
+histogram of its own, and a call is slow only beside what the peers needed for the same kind, at the same time.  Of two
+halves of a group that differ, the better one is the measure.  Each stage of the operations is judged by itself.
 
     REGULAR ── outlier ──► EJECTED ── its time is up ──► TRIAL ── one operation, well done ──► WARMING ──► REGULAR
                               ▲                            │                                      │
@@ -12,9 +12,10 @@ group that differ, the better one is the measure.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pkcs11_ha.core.codes import Code
 
@@ -48,6 +49,22 @@ class Phase(enum.Enum):
 
 
 LEFT_OUT = (Phase.EJECTED, Phase.TRIAL)
+
+
+class Stage(enum.IntEnum):
+    """Where in an operation a call stands, as the data plane numbers it: the many quick calls of one do not water down
+    the slow ones of another."""
+
+    BEGIN = 0  # an Init, and whatever only asks for a length
+    PART = 1  # an Update
+    WORK = 2  # what ends the operation, or is all of it
+
+
+class Kind(NamedTuple):
+    """Calls that are like each other."""
+
+    stage: Stage
+    number: int
 
 
 class Trial(enum.IntEnum):
@@ -90,19 +107,25 @@ class Window:
 
     calls: int = 0
     faults: int = 0
-    work: Mapping[int, Histogram] = field(default_factory=dict)
+    work: Mapping[Kind, Histogram] = field(default_factory=dict)
 
     @property
     def timed(self) -> int:
-        return sum(sum(histogram) for histogram in self.work.values())
+        """Calls of the stage that has fewest, of those that there are."""
+        stages: Counter[Stage] = Counter()
+        for kind, histogram in self.work.items():
+            stages[kind.stage] += sum(histogram)
+        return min(stages.values(), default=0)
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One member that is there: `own` is since it was last judged or admitted, `reference` what its peers see of it."""
+    """One member that is there: `own` is since it was last judged or admitted, `beside` what each did meanwhile.
+    A trial is one call, often over before the others do the like: its peers' measure is their `reference`, a while."""
 
     course: Course
     own: Window = Window()
+    beside: Mapping[int, Window] = field(default_factory=dict)
     reference: Window = Window()
     trial: Trial = Trial.ENDED
     stuck: bool = False  # the trial is still under way, and calls are inside the member
@@ -157,14 +180,15 @@ def _slow_from(median: int, factor: float, buckets: int) -> int:
     return next((bucket for bucket in range(median, buckets) if edge_ns(bucket) >= limit), buckets)
 
 
-def excess(own: Window, peers: Sequence[Window], rule: Rule, min_calls: int) -> Excess:
-    """How much slower and more faulty `own` is than its peers.
+def _slow(own: Window, peers: Sequence[Window], rule: Rule, stage: Stage) -> tuple[float, int]:
+    """The share of calls of one stage that are slow beyond the peers', and how many could be compared.
 
-    Slow calls weigh what such a call takes the peers: ten quick updates do not hide one signature.  A member that has
-    less than `min_calls`, or no peers that did the same, shows nothing.
+    Slow calls weigh what such a call takes the peers: ten quick digests do not hide one signature.
     """
     weight, slow, compared = 0.0, 0.0, 0
     for kind, mine in own.work.items():
+        if kind.stage is not stage:
+            continue
         theirs = [h for peer in peers if sum(h := peer.work.get(kind, ())) >= REFERENCE_CALLS]
         calls = sum(mine)
         if not theirs or not calls:
@@ -176,11 +200,21 @@ def excess(own: Window, peers: Sequence[Window], rule: Rule, min_calls: int) -> 
         weight += weighs
         slow += weighs * (sum(mine[limit:]) / calls - usual)
         compared += calls
+    return slow / weight if weight else 0.0, compared
+
+
+def excess(own: Window, peers: Sequence[Window], rule: Rule, min_calls: int) -> Excess:
+    """How much slower, in the stage where it is worst, and more faulty `own` is than its peers.
+
+    A member that has less than `min_calls`, or no peers that did the same, shows nothing.
+    """
+    stages = [_slow(own, peers, rule, stage) for stage in Stage]
+    slow = max((share for share, compared in stages if compared >= max(1, min_calls)), default=0.0)
     failing = [peer.faults / peer.calls for peer in peers if peer.calls >= max(1, rule.min_calls)]
     faulty = 0.0
     if own.calls >= max(1, min_calls) and failing:
         faulty = own.faults / own.calls - _lower_median(failing)
-    return Excess(slow / weight if weight and compared >= min_calls else 0.0, faulty, compared, own.calls)
+    return Excess(slow, faulty, sum(compared for _, compared in stages), own.calls)
 
 
 def most_ejected(there: int) -> int:
@@ -237,7 +271,7 @@ def step(seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> dict[int, Move]:
         (judged.worst, index, judged)
         for index, move in moves.items()
         if move.course.phase not in LEFT_OUT and move.course.phase is seats[index].course.phase
-        if (judged := _judge(index, seats, rule, rule.min_calls)).worst >= rule.ratio
+        if (judged := _judge(index, seats, rule)).worst >= rule.ratio
     ]
     left_out = sum(move.course.phase in LEFT_OUT for move in moves.values())
     room = max(0, most_ejected(len(seats)) - left_out)
@@ -246,9 +280,15 @@ def step(seats: Mapping[int, Seat], rule: Rule, now_ns: int) -> dict[int, Move]:
     return moves
 
 
-def _judge(index: int, seats: Mapping[int, Seat], rule: Rule, min_calls: int) -> Excess:
-    peers = [seat.reference for i, seat in seats.items() if i != index and seat.course.phase not in LEFT_OUT]
-    return excess(seats[index].own, peers, rule, min_calls)
+def _peers(index: int, seats: Mapping[int, Seat]) -> Iterable[int]:
+    return (i for i, seat in seats.items() if i != index and seat.course.phase not in LEFT_OUT)
+
+
+def _judge(index: int, seats: Mapping[int, Seat], rule: Rule) -> Excess:
+    """Beside what its peers did at the same time: what slows all of them, the network or the host, is nobody's."""
+    beside = seats[index].beside
+    peers = [beside[i] for i in _peers(index, seats) if i in beside]
+    return excess(seats[index].own, peers, rule, rule.min_calls)
 
 
 def _why(judged: Excess) -> str:
@@ -281,7 +321,7 @@ def _after_trial(index: int, seats: Mapping[int, Seat], rule: Rule, now_ns: int)
     admitted = replace(seat.course, phase=Phase.WARMING, since_ns=now_ns)
     late = now_ns - seat.course.since_ns >= rule.base_ns
     if seat.trial is Trial.ENDED:
-        judged = _judge(index, seats, rule, 1)
+        judged = excess(seat.own, [seats[i].reference for i in _peers(index, seats)], rule, 1)
         if not seat.own.faults and judged.slow < rule.ratio:
             return Move(admitted, "tried", judged)
         return _eject(seat.course, now_ns, "faulty" if seat.own.faults else "slow", judged)

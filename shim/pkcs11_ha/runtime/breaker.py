@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pkcs11_ha.config import GroupConfig
 from pkcs11_ha.core import outlier
 from pkcs11_ha.core.codes import Code
-from pkcs11_ha.core.outlier import LEFT_OUT, Course, Move, Phase, Rule, Seat, Trial, Window
+from pkcs11_ha.core.outlier import LEFT_OUT, Course, Kind, Move, Phase, Rule, Seat, Stage, Trial, Window
 from pkcs11_ha.core.recovery import NEVER_NS
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
@@ -65,20 +65,28 @@ class _Counters:
             now, then = self.latency[place], before.latency[place]
             if now != then:
                 pairs = zip(array("I", now), array("I", then), strict=True)
-                work[kind] = [(a - b) & _COUNT_MASK for a, b in pairs]
+                number, stage = divmod(kind - native.lib.HA_WORK_COMPARED, native.lib.HA_STAGES)
+                work[Kind(Stage(stage), number)] = [(a - b) & _COUNT_MASK for a, b in pairs]
         return Window(self.calls - before.calls, self.faults - before.faults, work)
 
 
+_Moment = Mapping[int, _Counters]
+"""What the counters of each member said."""
+
+
 class _Record:
-    """One member: where it stands, and its counters when its own window and that for its peers began."""
+    """One member: where it stands, and all members' counters when its own window and that for trials began."""
+
+    own: _Moment
+    reference: _Moment
 
     def __init__(self, member: Member) -> None:
         self.member = member
         self.course = Course()
         self.there = False
-        self.begin(_Counters(member))
+        self.begin({})
 
-    def begin(self, now: _Counters) -> None:
+    def begin(self, now: _Moment) -> None:
         """Nothing of before counts any more."""
         self.own = self.reference = now
 
@@ -120,11 +128,12 @@ class Breaker:
 
     def publish(self, serving: int) -> None:
         """Who may serve has changed: who was lost begins anew, and never is more than half of the rest ejected."""
+        now = self._moment()
         for index, record in enumerate(self.records):
             there = bool(serving >> index & 1)
             if there != record.there:
                 record.there, record.course = there, Course()
-                record.begin(_Counters(record.member))
+                record.begin(now)
                 self._share(index, 1.0)
         for index, course in outlier.keep_floor(self._there()).items():
             if course != self.records[index].course:
@@ -133,8 +142,8 @@ class Breaker:
 
     def step(self, now_ns: int) -> None:
         """One look at what the members have done since the last."""
-        counters = {i: _Counters(self.records[i].member) for i in self._there()}
-        seats = {i: self._seat(i, now) for i, now in counters.items()}
+        now = self._moment()
+        seats = self._seats(now)
         for index, move in outlier.step(seats, self.rule, now_ns).items():
             if move.course != self.records[index].course:
                 self._enter(index, move, now_ns)
@@ -142,7 +151,7 @@ class Breaker:
         judged = [seat.own for i, seat in seats.items() if self.records[i].course.phase not in LEFT_OUT]
         if outlier.is_full(judged, self.rule, now_ns - self.window_ns):
             self.window_ns = now_ns
-            for index, now in counters.items():
+            for index in seats:
                 if self.records[index].course.phase not in LEFT_OUT:
                     self.records[index].reference, self.records[index].own = self.records[index].own, now
         self.due_ns = outlier.due_ns(list(self._there().values()), self.rule, now_ns)
@@ -151,11 +160,21 @@ class Breaker:
     def _there(self) -> dict[int, Course]:
         return {i: record.course for i, record in enumerate(self.records) if record.there}
 
-    def _seat(self, index: int, now: _Counters) -> Seat:
-        record = self.records[index]
-        trial = Trial(native.lib.ha_slot_trial(self.slot, index))
-        stuck = trial is Trial.UNDER_WAY and native.lib.ha_member_in_flight(record.member.native) > 0
-        return Seat(record.course, now.since(record.own), now.since(record.reference), trial, stuck)
+    def _moment(self) -> _Moment:
+        return {index: _Counters(record.member) for index, record in enumerate(self.records)}
+
+    def _seats(self, now: _Moment) -> dict[int, Seat]:
+        there = {i: self.records[i] for i in self._there()}
+        moments = {id(record.own): record.own for record in there.values()}  # mostly it is one
+        since = {key: {i: now[i].since(then[i]) for i in there if i in then} for key, then in moments.items()}
+        seats = {}
+        for index, record in there.items():
+            trial = Trial(native.lib.ha_slot_trial(self.slot, index))
+            stuck = trial is Trial.UNDER_WAY and native.lib.ha_member_in_flight(record.member.native) > 0
+            beside = since[id(record.own)]
+            reference = now[index].since(record.reference[index])
+            seats[index] = Seat(record.course, beside[index], beside, reference, trial, stuck)
+        return seats
 
     def _share(self, index: int, share: float) -> None:
         native.lib.ha_slot_share(self.slot, index, round(share * native.lib.HA_WHOLE))
@@ -166,7 +185,7 @@ class Breaker:
         record.course = move.course
         if move.course.phase is before:
             return
-        record.begin(_Counters(record.member))
+        record.begin(self._moment())
         if move.course.phase is Phase.TRIAL:
             native.lib.ha_slot_try(self.slot, index)
         self._share(index, outlier.share(move.course, self.rule, now_ns))
