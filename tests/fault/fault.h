@@ -22,8 +22,9 @@ enum {
     HAS_OUTPUT = 8,
     HAS_LENGTH = 16, /* of an output */
     HAS_ROOM = 32,   /* an output that may be too small */
-    ENDS_OPERATION = 64,
-    FEEDS_OPERATION = 128,
+    HAS_QUERY = 64,  /* a call that only asks for lengths */
+    ENDS_OPERATION = 128,
+    FEEDS_OPERATION = 256,
 };
 
 struct fault_row {

@@ -220,6 +220,8 @@ static bool read_action(struct rule *rule, char **word, const char **need, unsig
     char as_return[] = "return";
     char *with_return[] = {as_return, *word, NULL, NULL};
     if (rule->late && *word && !strncmp(*word, "CKR_", 4) && !word[1]) word = with_return;
+    if (!*word && rule->late)
+        return wrong(rule->line, "after late comes a code, CKR_DEVICE_ERROR for example, or an action");
     if (!*word) return wrong(rule->line, "there is no action");
     for (unsigned k = 0; k < ACTIONS; k++) {
         if (!is(*word, actions[k].word) || (actions[k].second && !is(word[1], actions[k].second))) continue;
@@ -239,7 +241,7 @@ static bool read_action(struct rule *rule, char **word, const char **need, unsig
 /* Which functions the rule is about: those that its pattern matches, that can have this fault, and that there are. */
 static bool choose_functions(struct rule *rule, const char *pattern, unsigned needs, const char *need)
 {
-    bool matched = false, able = false, any = false;
+    bool matched = false, able = false, asks = false, any = false;
     bool one = !strpbrk(pattern, "*?[");
     for (unsigned row = 0; row < HA_FUNCTIONS; row++) {
         if (fnmatch(pattern, fault_row[row].name, 0)) continue;
@@ -248,11 +250,14 @@ static bool choose_functions(struct rule *rule, const char *pattern, unsigned ne
         matched = true;
         if (needs && !(fault_row[row].has & needs)) continue;
         able = true;
+        if (rule->query && !(fault_row[row].has & HAS_QUERY)) continue;
+        asks = true;
         if (!fault_real[row]) continue;
         any = rule->about[row] = true;
     }
     if (!matched) return wrong(rule->line, "no function of PKCS#11 is called %s", pattern);
     if (!able) return wrong(rule->line, "%s: \"%s\" needs %s", pattern, rule->text, need);
+    if (!asks) return wrong(rule->line, "%s: \"query\" needs an output whose length can be asked for", pattern);
     if (!any) return wrong(rule->line, "the wrapped library has no %s", pattern);
     return true;
 }
@@ -355,8 +360,12 @@ static bool read_lines(FILE *file)
     char *text = NULL;
     size_t room = 0;
     bool good = true;
-    for (unsigned line = 1; good && getline(&text, &room, file) >= 0; line++) {
-        good = grow() ? read_line(text, line) : wrong(line, "there is no memory");
+    ssize_t size;
+    for (unsigned line = 1; good && (size = getline(&text, &room, file)) >= 0; line++) {
+        if (memchr(text, 0, (size_t)size))
+            good = wrong(line, "there is a NUL byte");
+        else
+            good = grow() ? read_line(text, line) : wrong(line, "there is no memory");
     }
     free(text);
     return good && (!ferror(file) || wrong(0, "cannot be read"));

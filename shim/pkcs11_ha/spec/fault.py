@@ -64,6 +64,8 @@ def _has(row: Function, arguments: Sequence[Argument]) -> list[str]:
     kinds = {carried.item for carried in items(row, arguments)} if row in CARRIED else set()
     if kinds & {Item.ROOM, Item.LIST}:
         found.append("HAS_ROOM")
+    if kinds & {Item.ROOM, Item.LIST, Item.ANSWERS}:
+        found.append("HAS_QUERY")
     if kinds & {Item.ROOM, Item.LIST, Item.FOUND, Item.ANSWERS}:
         found.append("HAS_LENGTH")
     if kinds & {Item.ROOM, Item.LIST, Item.FOUND, Item.ANSWERS, Item.FILL, Item.RESULT}:
