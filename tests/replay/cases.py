@@ -348,6 +348,18 @@ LOSSES: tuple[Loss, ...] = (
         LOST,
         "test_session_keys.test_key_that_is_destroyed_under_way",
     ),
+    Loss(
+        "its key wants the PIN for each use (CKA_ALWAYS_AUTHENTICATE), and had it",
+        "a PIN is never sent twice, nor kept for this",
+        LOST,
+        "test_limits.test_pin_for_one_operation_is_sent_once",
+    ),
+    Loss(
+        "its key wants the PIN for each use, and the member dies in C_Login with CKU_CONTEXT_SPECIFIC",
+        "the same: whether the PIN was looked at is not known",
+        "CKR_DEVICE_ERROR from C_Login, CKR_USER_NOT_LOGGED_IN from the next call",
+        "test_limits.test_pin_for_one_operation_is_sent_once",
+    ),
 )
 
 

@@ -8,13 +8,15 @@ from hashlib import sha256
 
 import pytest
 
+from demo.members import SoftToken
 from tests import fake as fakes
 from tests import p11
 from tests.fake import PIN, FakeToken
 from tests.ha.app import code
 from tests.ha.conftest import FakeFactory, StartFactory
 from tests.replay.conftest import Start
-from tests.replay.killable import Killable
+from tests.replay.keys import Keys, wanted
+from tests.replay.killable import Killable, reference
 from tests.replay.scripts import Use
 
 LIMIT = 5000
@@ -179,3 +181,48 @@ def test_parameter_of_unknown_layout_is_not_repeated(ciphers: Ciphers) -> None:
     assert code(lambda: ciphers.update(b"a" * 16)) == "CKR_DEVICE_ERROR"
     assert code(lambda: ciphers.update(b"a" * 16)) == "CKR_OPERATION_NOT_INITIALIZED"
     undisturbed(ciphers)
+
+
+# ---- a PIN
+
+
+@pytest.mark.parametrize(
+    ("dies", "answers"),
+    [
+        ("before the login", ["CKR_DEVICE_ERROR", "CKR_USER_NOT_LOGGED_IN"]),
+        ("after the login", ["CKR_OK", "CKR_DEVICE_ERROR"]),
+    ],
+)
+def test_pin_for_one_operation_is_sent_once(
+    start: Start, soft_tokens: list[SoftToken], every_key: Keys, dies: str, answers: list[str]
+) -> None:
+    """Where it goes on it would be wanted again (CKA_ALWAYS_AUTHENTICATE), and nobody keeps it."""
+    private = next(each for each in every_key.templates if wanted("private rsa").items() <= each.items())
+    always: dict[int, p11.Value] = {
+        p11.CKA_LABEL: "always",
+        p11.CKA_ID: b"always",
+        p11.CKA_ALWAYS_AUTHENTICATE: True,
+    }
+    for token in soft_tokens[:2]:
+        with reference(token) as use:
+            use.session.create(private | always)
+    mortal = start()
+    session = (use := mortal.use()).session
+    key = session.find_one({p11.CKA_LABEL: "always"})
+
+    def login() -> None:
+        session.login(mortal.pin, p11.CKU_CONTEXT_SPECIFIC)
+
+    def sign() -> None:
+        session.output("C_Sign", b"data", 4)
+
+    session.init("C_SignInit", p11.CKM_SHA256_RSA_PKCS, key)
+    if dies == "before the login":
+        mortal.kill_serving(use)
+    said = [code(login)]
+    if dies == "after the login":
+        mortal.kill_serving(use)
+    assert [*said, code(sign)] == answers
+    assert code(sign) == "CKR_OPERATION_NOT_INITIALIZED"
+    session.init("C_SignInit", p11.CKM_SHA256_RSA_PKCS, key)
+    assert [code(login), code(sign)] == ["CKR_OK", "CKR_OK"]

@@ -74,7 +74,8 @@ def functions() -> str:
         "spec/functions.py",
         "All functions of PKCS#11 3.2, who carries them out, whether they are repeated on another member after a"
         " fault whose outcome is not known, and which class of `call_timeout_s` ([configuration](configuration.md))"
-        " limits the member's own function.",
+        " limits the member's own function. What ends an operation all the same, a key that wants the PIN for each use"
+        " (CKA_ALWAYS_AUTHENTICATE) among it, [replay.md](replay.md) says.",
         ("function", "since", "carried out by", "repeated", "limit"),
         rows,
     )
