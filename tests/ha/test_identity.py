@@ -106,6 +106,27 @@ def test_key_is_never_stood_in_for_by_its_namesake_on_a_living_member(
         assert signers([session.sign(p11.CKM_ECDSA, west, DIGEST)], *namesakes.keys) == {1}
 
 
+@pytest.mark.parametrize("answer", [p11.CKR_BUFFER_TOO_SMALL, p11.CKR_FUNCTION_FAILED])
+def test_proof_that_did_not_end_is_in_the_way_of_none(
+    fake: FakeFactory, start: StartFactory, answer: int
+) -> None:
+    """What it leaves under way in a session of the core's own is never an application's matter."""
+    tokens = fake("east", fakes.secret_key()), fake("west", fakes.secret_key())
+    app = start(*(token.member() for token in tokens), balance="round-robin")
+    app.login(PIN)
+    tokens[1]["C_Sign"].answers(answer, times=1)
+    key = app.open().find_one({p11.CKA_LABEL: "secret"})
+    assert tokens[1]["C_Sign"].is_over()
+    served = set()
+    for _ in range(4):
+        session = app.open()
+        assert session.find({p11.CKA_LABEL: "secret"}) == [key]
+        session.sign(p11.CKM_SHA256_HMAC, key, DATA)
+        served.add(app.served(session))
+    assert served == {"east", "west"}
+    assert app.events("object.pinned") == []
+
+
 def _by_key(session: p11.Session, namesakes: Namesakes) -> list[int]:
     """The handles of the first and the second key."""
     handles: dict[int, int] = {}

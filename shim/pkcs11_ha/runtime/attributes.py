@@ -187,12 +187,16 @@ def _ulong(values: dict[int, bytes], number: int) -> int:
     return int.from_bytes(values.get(number, b""), "little")
 
 
-def find(member: Member, session: int, wanted: Mapping[int, bytes]) -> list[int]:
-    """Handles of all objects that match; raises CkError.
+def find(member: Member, wanted: Mapping[int, bytes]) -> list[int]:
+    """Handles of all objects that match, found on the service session; raises CkError.
 
     Of a token that has forgotten its login they would be the public ones alone, with CKR_OK (PKCS#11 5.7.7): what is
     not among them would be taken for destroyed.
     """
+    return member.on_service_session(lambda: _find(member, member.session, wanted))
+
+
+def _find(member: Member, session: int, wanted: Mapping[int, bytes]) -> list[int]:
     asked = Filled(wanted)
     native.check(member.call("C_FindObjectsInit", session, asked.array, asked.count), "finding", member)
     found: list[int] = []

@@ -46,8 +46,8 @@ class Census:
             own: set[int] = set()
             for stage in Stage:
                 label = {ck.CKA_LABEL: RESERVED + stage.value.encode()}
-                own.update(attributes.find(member, member.session, data | label))
-            for handle in attributes.find(member, member.session, {ck.CKA_TOKEN: TRUE}):
+                own.update(attributes.find(member, data | label))
+            for handle in attributes.find(member, {ck.CKA_TOKEN: TRUE}):
                 if handle not in own:
                     self._count(handle, attributes.who(member, member.session, handle))
 

@@ -44,7 +44,7 @@ def keys_of(member: Member) -> dict[int, DomainKey]:
     with on(member):
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_TOKEN: TRUE, ck.CKA_ID: KEY_ID}
         keys, member.witnesses = {}, {}
-        for handle in attributes.find(member, member.session, wanted):
+        for handle in attributes.find(member, wanted):
             shown = attributes.read(member, member.session, handle, (ck.CKA_LABEL,))
             generation = parse_label(shown.get(ck.CKA_LABEL, b""))
             if generation is None:
@@ -266,7 +266,7 @@ def drop_all_but(member: Member, keep: Sequence[Generation]) -> None:
     """Destroys domain keys of other generations; raises MemberFault, Refused, CkError."""
     with on(member):
         wanted = {ck.CKA_CLASS: ulong(ck.CKO_SECRET_KEY), ck.CKA_TOKEN: TRUE, ck.CKA_ID: KEY_ID}
-        for handle in attributes.find(member, member.session, wanted):
+        for handle in attributes.find(member, wanted):
             shown = attributes.read(member, member.session, handle, (ck.CKA_LABEL,))
             if parse_label(shown.get(ck.CKA_LABEL, b"")) not in keep:
                 destroy(member, handle)

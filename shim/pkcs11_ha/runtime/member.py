@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pkcs11_ha import ck
 from pkcs11_ha.config import MemberConfig
@@ -22,6 +22,8 @@ _QUIET_STEP_S = 0.002
 # Slots may appear between the two calls of C_GetSlotList, as those of SoftHSM do while its files are written.
 _MORE_SLOTS = 4
 _LIST_PAUSES_S = (0, 0.01, 0.04)
+
+T = TypeVar("T")
 
 
 class MemberState(enum.Enum):
@@ -55,6 +57,9 @@ class TokenFacts:
     numbers: tuple[int, ...]  # the ulong fields of CK_TOKEN_INFO, in its order
     hardware: tuple[int, int]
     firmware: tuple[int, int]
+
+
+_OF_SESSION = (codes.Code.SESSION, codes.Code.OPERATION)
 
 
 class _Lives(threading.local):
@@ -328,6 +333,46 @@ class Member:
         slot = native.lib.ha_member_slot_id(self.native)
         self._must("C_OpenSession", slot, flags, native.ffi.NULL, native.ffi.NULL, session)
         self.session = int(session[0])
+
+    def on_service_session(self, work: Callable[[], T]) -> T:
+        """`work()`, which raises CkError where a call of it fails; done again, once, on another service session if it
+        was this one that was at fault: gone, or with something under way that an earlier failure has left there.
+
+        Nobody who asks for something else is told of that.
+        """
+        with self.service, self.one_life():
+            try:
+                return work()
+            except native.CkError as error:
+                if not self._is_of_session(error.rv):
+                    raise
+                if not self._renew_service_session():
+                    raise self._without_session(error) from None
+            try:
+                return work()
+            except native.CkError as error:
+                raise self._without_session(error) from None
+
+    def _is_of_session(self, rv: int) -> bool:
+        """Whether an answer is about the session; after CKR_BUFFER_TOO_SMALL, too, its operation goes on."""
+        return self.code(rv) in _OF_SESSION or rv == ck.CKR_BUFFER_TOO_SMALL
+
+    def _without_session(self, error: native.CkError) -> native.CkError:
+        """What it means that there is something under way in a session of ours is that the member is not well."""
+        if self.code(error.rv) is not codes.Code.OPERATION:
+            return error
+        return native.CkError(ck.CKR_DEVICE_ERROR, str(error), self)
+
+    def _renew_service_session(self) -> bool:
+        """Another one, before the one there was is closed: with its last session a token forgets its login.  False:
+        there is none, or the login was forgotten."""
+        before = self.session
+        try:
+            self._open_service_session()
+        except ConnectError:
+            return False
+        self.call("C_CloseSession", before)
+        return self.keeps_login()
 
     def probe(self) -> bool:
         """Whether it answers at all: its token is there and it opens a session."""

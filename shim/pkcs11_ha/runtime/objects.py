@@ -232,12 +232,12 @@ class ObjectMap:
                 self.hidden[index].discard((epoch, handle))
                 native.lib.ha_object_show(self.native, index, epoch, handle)
 
-    def _hide_in_bulk(self, index: int, epoch: int, session: int) -> None:
+    def _hide_in_bulk(self, index: int, epoch: int) -> None:
         """One search instead of a look at each: a ledger can be long."""
         member = self.members[index]
         for stage in Stage:
             wanted = {ck.CKA_CLASS: ulong(ck.CKO_DATA), ck.CKA_LABEL: RESERVED + stage.value.encode()}
-            for handle in attributes.find(member, session, wanted):
+            for handle in attributes.find(member, wanted):
                 self.hide(index, epoch, handle)
 
     def forget_recipes(self) -> None:
@@ -311,7 +311,7 @@ class ObjectMap:
             )
         if news > _BULK and member.service.acquire(blocking=False):
             try:
-                self._hide_in_bulk(index, epoch, member.session)
+                self._hide_in_bulk(index, epoch)
             finally:
                 member.service.release()
         for handle in handles:
@@ -568,7 +568,7 @@ class ObjectMap:
             template[ck.CKA_LABEL] = name.label
         with member.service:
             epoch = member.epoch
-            found = attributes.find(member, member.session, template)
+            found = attributes.find(member, template)
             if not found and known.homes >> index & 1:
                 self._check_itself(index, epoch)
             identities = [(handle, attributes.who(member, member.session, handle)) for handle in found]
@@ -588,7 +588,7 @@ class ObjectMap:
         others = any(other.state is MemberState.UP for other in self.members if other is not member)
         if not others or self.showed[index] != epoch or member.state is not MemberState.UP:
             return
-        if not attributes.find(member, member.session, {ck.CKA_TOKEN: b"\1"}):
+        if not attributes.find(member, {ck.CKA_TOKEN: b"\1"}):
             raise NotItself(ck.CKR_TOKEN_NOT_RECOGNIZED, "it shows none of its objects", member)
 
     # ---- proof ----
@@ -667,8 +667,9 @@ class ObjectMap:
 
     def _usage(self, index: int, handle: int) -> dict[int, bytes]:
         member = self.members[index]
-        with member.service:
-            return attributes.read(member, member.session, handle, USAGE_ATTRIBUTES)
+        return member.on_service_session(
+            lambda: attributes.read(member, member.session, handle, USAGE_ATTRIBUTES)
+        )
 
     def _plan(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> Proof | None:
         identity = known.identity
@@ -683,31 +684,32 @@ class ObjectMap:
     def _run(self, proof: Proof, index: int, handle: int) -> bytes | None:
         """What the key on one member shows; None if it cannot."""
         member = self.members[index]
-        encrypt = proof.operation is Operation.ENCRYPT
-        init, act = ("C_EncryptInit", "C_Encrypt") if encrypt else ("C_SignInit", "C_Sign")
-        outputs = []
-        with member.service:
-            for data in proof.inputs:
-                mechanism = native.ffi.new("CK_MECHANISM *")
-                mechanism.mechanism = proof.mechanism
-                parameter = native.ffi.new("CK_BYTE[]", proof.parameter or b"\0")
-                if proof.parameter:
-                    mechanism.pParameter, mechanism.ulParameterLen = parameter, len(proof.parameter)
-                if not self._did(member, member.call(init, member.session, mechanism, handle)):
-                    return None
-                output = native.ffi.new("CK_BYTE[]", 4096)
-                size = native.ffi.new("CK_ULONG *", 4096)
-                if not self._did(member, member.call(act, member.session, data, len(data), output, size)):
-                    return None
-                outputs.append(bytes(native.ffi.buffer(output, size[0])))
+        try:
+            outputs = member.on_service_session(
+                lambda: [self._output(proof, member, handle, data) for data in proof.inputs]
+            )
+        except CkError as error:
+            # A member that fails says nothing of its key.
+            if member.code(error.rv) in (Code.CLEAN, Code.CAPABILITY, Code.LOGIN, Code.HANDLE):
+                return None
+            raise
         return evidence(proof, outputs)
 
     @staticmethod
-    def _did(member: Member, rv: int) -> bool:
-        """Whether the key did it.  A member that fails says nothing of its key: raises CkError."""
-        if member.code(rv) in (Code.CLEAN, Code.CAPABILITY, Code.LOGIN, Code.HANDLE):
-            return rv == ck.CKR_OK
-        raise CkError(rv, "proving a key", member)
+    def _output(proof: Proof, member: Member, handle: int, data: bytes) -> bytes:
+        """What a key makes of `data`; raises CkError."""
+        encrypt = proof.operation is Operation.ENCRYPT
+        init, act = ("C_EncryptInit", "C_Encrypt") if encrypt else ("C_SignInit", "C_Sign")
+        mechanism = native.ffi.new("CK_MECHANISM *")
+        mechanism.mechanism = proof.mechanism
+        parameter = native.ffi.new("CK_BYTE[]", proof.parameter or b"\0")
+        if proof.parameter:
+            mechanism.pParameter, mechanism.ulParameterLen = parameter, len(proof.parameter)
+        native.check(member.call(init, member.session, mechanism, handle), "proving a key", member)
+        output, size = native.ffi.new("CK_BYTE[]", 4096), native.ffi.new("CK_ULONG *", 4096)
+        rv = member.call(act, member.session, data, len(data), output, size)
+        native.check(rv, "proving a key", member)
+        return bytes(native.ffi.buffer(output, size[0]))
 
     def _vouched(self, known: VirtualObject, one: int, own: int, other: int, handle: int) -> bool:
         """For keys that can prove nothing by an operation: the group's ledger says it of the one key of that name on
@@ -724,7 +726,7 @@ class ObjectMap:
         member = self.members[index]
         with member.service:
             key = attributes.who(member, member.session, handle)
-            namesakes = attributes.find(member, member.session, {ck.CKA_ID: key.name.id})
+            namesakes = attributes.find(member, {ck.CKA_ID: key.name.id})
             others = [attributes.who(member, member.session, h) for h in namesakes if h != handle]
         return complete([key, *others])[0]
 
@@ -751,7 +753,7 @@ class ObjectMap:
         self.returning.add(index)
         try:
             with member.service:
-                found = attributes.find(member, member.session, {ck.CKA_TOKEN: b"\1"})
+                found = attributes.find(member, {ck.CKA_TOKEN: b"\1"})
             self._bury(index, found)
             self.recognise(index, member.epoch, member.session, found)
         finally:

@@ -65,7 +65,7 @@ class Party:
         keep_to(self.attended)
         for member in self.there():
             with suppress(MemberFault, Refused), on(member):
-                attributes.find(member, member.session, {ck.CKA_CLASS: ulong(ck.CK_UNAVAILABLE_INFORMATION)})
+                attributes.find(member, {ck.CKA_CLASS: ulong(ck.CK_UNAVAILABLE_INFORMATION)})
 
     def takes_part(self, member: Member) -> bool:
         """Whether it was found fit, in its present life."""

@@ -87,7 +87,7 @@ def is_itself(member: Member) -> bool:
                 handle: attributes.read(member, member.session, handle, (ck.CKA_LABEL,)).get(
                     ck.CKA_LABEL, b""
                 )
-                for handle in attributes.find(member, member.session, {ck.CKA_ID: KEY_ID, ck.CKA_TOKEN: TRUE})
+                for handle in attributes.find(member, {ck.CKA_ID: KEY_ID, ck.CKA_TOKEN: TRUE})
             }
             if set(shown.values()) - set(member.witnesses.values()):
                 member.witnesses = shown
@@ -98,7 +98,7 @@ def is_itself(member: Member) -> bool:
 def find(member: Member, wanted: Mapping[int, bytes]) -> list[int]:
     """Handles of all objects that match; that there is none is believed of a member that is itself."""
     with on(member):
-        found = attributes.find(member, member.session, wanted)
+        found = attributes.find(member, wanted)
     if not found and not is_itself(member):
         raise MemberFault(member, ck.CKR_DEVICE_ERROR, "a search that finds not even the domain key")
     return found
