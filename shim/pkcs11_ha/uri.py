@@ -111,6 +111,11 @@ class TokenSelector:
 
     wanted: tuple[tuple[str, Value], ...]
 
+    @property
+    def serial(self) -> str:
+        """The serial number that it names; empty if it names none."""
+        return str(dict(self.wanted).get("serial", ""))
+
     def matches(
         self,
         slot_id: int,

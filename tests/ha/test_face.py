@@ -11,7 +11,7 @@ import pytest
 from tests import p11
 from tests.conftest import Group
 from tests.ha import operations
-from tests.ha.app import Application, until, working_until
+from tests.ha.app import SOON, Application, until, working_until
 from tests.ha.conftest import FakeFactory, Pair, StartFactory
 from tests.ha.operations import Use
 
@@ -163,6 +163,20 @@ def test_member_that_restarts_as_another_token_is_not_taken_in(
     east.shared.absent = 0
     until(lambda: session.random(8) and len(app.events("recovery.failed")) >= 2, "it was tried")
     assert app.away() == {"east"}
+
+
+def test_serial_of_a_member_that_is_away_is_what_it_last_was(pair: Pair, start: StartFactory) -> None:
+    """Also if it came only after the start of the process that saw it."""
+    pair.east.kill()
+    app = start(*pair.members(), recovery=SOON)
+    assert set(app.module.ha_status(app.slot).members) == {"east", pair.west.token.serial}
+    session = app.open()
+    pair.east.start()
+    until(lambda: session.random(8) and not app.away(), "it is taken in")
+    pair.east.kill()
+    again(app)
+    assert app.away() == {"east"}
+    assert set(app.module.ha_status(app.slot).members) == {pair.east.token.serial, pair.west.token.serial}
 
 
 def test_group_moves_with_its_state(pair: Pair, start: StartFactory, directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -59,7 +59,9 @@ class Core:
         self.segment = self._open_segment(
             state_dir, len(configs) + _MAY_JOIN
         )  # before the members, who count in it
-        self.members = {c.name: Member(c, clock()) for c in configs}
+        self.state_dir = state_dir
+        known = identity_file.remembered(state_dir)
+        self.members = {c.name: Member(c, clock(), identity_file.seen(c, known)) for c in configs}
         self.former: dict[str, Member] = {}  # those that have left, or are about to
         self.leaving: list[threading.Thread] = []
         self.slots: dict[int, VirtualSlot] = {}
@@ -67,7 +69,7 @@ class Core:
         for name in self.changes.drained & self.members.keys():
             self.members[name].drained = True
         self._connect_all()
-        self.slots = self._make_slots(state_dir)
+        self.slots = self._make_slots(known)
         for slot in self.slots.values():
             for member in slot.members:
                 if member.state is MemberState.AWAY and not member.drained:
@@ -170,10 +172,10 @@ class Core:
             member.connecting = False
             raise
 
-    def _make_slots(self, state_dir: str) -> dict[int, VirtualSlot]:
+    def _make_slots(self, known: Mapping[str, str]) -> dict[int, VirtualSlot]:
+        """`known` is what is remembered of serials."""
         slots: list[VirtualSlot] = []
-        known = identity_file.remembered(state_dir)
-        learnt: dict[str, str] = {}
+        learnt = identity_file.of_members(self.members.values())
         if not self.settings.ha.only:
             for member in self.members.values():
                 face = Face(member.name, "", "", "", "")
@@ -197,11 +199,11 @@ class Core:
                 self.log,
                 group,
                 self.leave_out,
-                state_dir,
+                self.state_dir,
             )
             slot.breaker = self._breaker(slot, group)
             slots.append(slot)
-        identity_file.remember(state_dir, learnt)
+        identity_file.remember(self.state_dir, learnt)
         self._publish(slots)
         for slot in slots:
             slot.publish_login()
@@ -217,10 +219,9 @@ class Core:
         slot.breaker.rule = rule
         return slot.breaker
 
-    def _serial_without_member(self, label: str, first: Member, known: dict[str, str]) -> str:
-        wanted = dict(first.config.token.wanted).get("serial")
-        if wanted:
-            return f"1{wanted}"[:SERIAL_SIZE]
+    def _serial_without_member(self, label: str, first: Member, known: Mapping[str, str]) -> str:
+        if first.config.token.serial:
+            return f"1{first.config.token.serial}"[:SERIAL_SIZE]
         if label in known:
             return known[label]
         details = {"why": f"member {first.name} was never seen: set the group's serial to keep it constant"}
@@ -373,6 +374,7 @@ class Core:
             self._publish(slots)
             for slot in slots:
                 slot.publish_login()
+        identity_file.remember(self.state_dir, identity_file.of_members([member]))
 
     def _failed(self, member: Member, slots: list[VirtualSlot], error: Exception) -> None:
         with self.lock:
@@ -446,10 +448,11 @@ class Core:
         self, slot: VirtualSlot, wanted: config.MemberConfig, drained: bool
     ) -> tuple[Member | None, str]:
         """A member joins a group, away and to be tried at once; None, and why, if it cannot now."""
+        seen = identity_file.seen(wanted, identity_file.remembered(self.state_dir))
         with self.lock:
             member = self.members.get(wanted.name) or self.former.get(wanted.name)
             if member is None:
-                member = Member(wanted, self.clock())
+                member = Member(wanted, self.clock(), seen)
             elif member.connecting or any(other.is_group for other in self.slots_of(member)):
                 return None, "it has not quite left its place of before"
             is_new = member.config != wanted
@@ -461,7 +464,7 @@ class Core:
             if member.name in self.members:  # it has had a slot of its own, and may be up
                 self._away_to_return(member, self.slots_of(member))
             else:
-                member.renew(wanted, self.clock())
+                member.renew(wanted, self.clock(), seen)
             member.outage = recovery.at_once(member.outage)
             member.drained, member.loss_was_read = drained, True
             member.why = _DRAINED if drained else "it is new"

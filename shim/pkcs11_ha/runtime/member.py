@@ -84,7 +84,8 @@ def keep_to(epochs: Mapping[str, int] | None) -> None:
 class Member:
     """One token.  `state` and `outage` are written by `Core` alone, under its lock."""
 
-    def __init__(self, config: MemberConfig, now_ns: int) -> None:
+    def __init__(self, config: MemberConfig, now_ns: int, seen: str = "") -> None:
+        """`seen` is the serial number that its token had when it was last there."""
         self.name = config.name
         self.native = native.lib.ha_member_new()
         self.state = MemberState.AWAY
@@ -99,7 +100,7 @@ class Member:
         self._cleans: list[
             Any
         ] = []  # tables of the data plane; a call that is late may still read the one before
-        self._configure(config, now_ns)
+        self._configure(config, now_ns, seen)
         self.facts: TokenFacts | None = None
         self.slot_flags: int | None = None  # of the slot that the token was seen in
         self.mechanisms: dict[
@@ -116,17 +117,17 @@ class Member:
         self.learning = False  # somebody is asking it for its token information
         self._name()
 
-    def _configure(self, config: MemberConfig, now_ns: int) -> None:
-        self.config = config
+    def _configure(self, config: MemberConfig, now_ns: int, seen: str) -> None:
+        self.config, self.seen = config, seen
         self.outage = Outage(now_ns)
         self.profile = profile_of(config)
         self._cleans.append(native.ffi.new("unsigned char[]", codes.clean_table(self.profile)))
         native.lib.ha_member_clean(self.native, self._cleans[-1])
 
-    def renew(self, config: MemberConfig, now_ns: int) -> None:
+    def renew(self, config: MemberConfig, now_ns: int, seen: str) -> None:
         """It was left, and is to come again: perhaps another token, in another library.  Handles of its lives before
         mean nothing, as always."""
-        self._configure(config, now_ns)
+        self._configure(config, now_ns, seen)
         self.why, self.loss_was_read = "", False
         self.facts, self.slot_flags, self.mechanisms = None, None, {}
 
@@ -401,10 +402,10 @@ class Member:
 
     @property
     def serial(self) -> str:
-        """The token's serial number; what the configuration says of it, or the member's name, while unknown."""
+        """The token's serial number; before it was seen, what the configuration says, or it last was, or its name."""
         if self.facts:
             return self.facts.serial
-        return str(dict(self.config.token.wanted).get("serial", self.name[:16]))
+        return self.config.token.serial or self.seen or self.name[:16]
 
     # ---- login ----
 
