@@ -735,7 +735,7 @@ def log_of(path: str) -> tuple[str, str, int]:
     options = {o.name: o for o in OPTIONS if o.section == "ha" and o.name.startswith("log")}
     found = {name: option.default for name, option in options.items()}
     with suppress(ConfigError, ValueError, AttributeError):
-        wanted = _toml(read(path), path).get("ha", {}).items()
+        wanted = tables(read(path), path).get("ha", {}).items()
         for name, value in wanted:
             if name in options:
                 with suppress(ValueError):
@@ -804,17 +804,17 @@ def parse(text: str, path: str, profiles: Sequence[str] = PROFILES, complete: bo
 
     One that is not `complete` is being written, and may yet have no group.
     """
-    tables = _toml(text, path)
+    said = tables(text, path)
     source = _Source(path, text)
-    for section in tables:
+    for section in said:
         if section not in SECTIONS:
             raise source.error((section,), f"unknown section; there are {', '.join(SECTIONS)}")
     config = Config(
         path=path,
-        ha=HaOptions(**_values("ha", tables.get("ha", {}), ("ha",), source)),
-        recovery=RecoveryOptions(**_values("recovery", tables.get("recovery", {}), ("recovery",), source)),
-        members=tuple(MemberConfig(**values) for values in _values_of_each("member", tables, source)),
-        groups=tuple(GroupConfig(**values) for values in _values_of_each("group", tables, source)),
+        ha=HaOptions(**_values("ha", said.get("ha", {}), ("ha",), source)),
+        recovery=RecoveryOptions(**_values("recovery", said.get("recovery", {}), ("recovery",), source)),
+        members=tuple(MemberConfig(**values) for values in _values_of_each("member", said, source)),
+        groups=tuple(GroupConfig(**values) for values in _values_of_each("group", said, source)),
     )
     _check_names(config, profiles, source)
     _check_hosts(config, source)
@@ -838,8 +838,8 @@ def knows(section: str, name: str) -> bool:
     return any((option.section, option.name) == (section, name) for option in OPTIONS)
 
 
-def _toml(text: str, path: str) -> dict[str, Any]:
-    """The tables of the file, which may be Luna's."""
+def tables(text: str, path: str) -> dict[str, Any]:
+    """The tables of the file, which may be Luna's; raises ConfigError."""
     if is_luna(path):
         return _luna(text, path).tables()
     if text.startswith("\ufeff"):
@@ -857,8 +857,8 @@ def _toml(text: str, path: str) -> dict[str, Any]:
         raise ConfigError(path, line, "", f"not valid TOML: {message}") from None
 
 
-def _values_of_each(section: str, tables: dict[str, Any], source: _Source) -> list[dict[str, Any]]:
-    elements = tables.get(section, [])
+def _values_of_each(section: str, said: dict[str, Any], source: _Source) -> list[dict[str, Any]]:
+    elements = said.get(section, [])
     if not isinstance(elements, list):
         raise source.error((section,), f"expected [[{section}]]")
     return [_values(section, table, (section, number), source) for number, table in enumerate(elements)]

@@ -187,6 +187,16 @@ def test_the_module_reads_lunas_file(site: Site, module: Path) -> None:
     assert f"{file}:20: expected `Section = {{`, not `HARecovery …`" in refused.stderr
 
 
+def test_commands_that_show_read_lunas_file(site: Site) -> None:
+    file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
+    shown = site.p11ha("ha", "show", "--config", str(file))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "\n[recovery]\ninterval_s          60" in shown.stdout
+    tested = site.p11ha("member", "test", site.serials["east"], "--config", str(file))
+    assert (tested.returncode, tested.stderr) == (0, "")
+    assert f"token       'east', serial {site.serials['east']}\n" in tested.stdout
+
+
 def test_bytes_that_are_not_utf_8(site: Site, module: Path) -> None:
     file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
     plain = file.read_bytes()

@@ -6,7 +6,6 @@ For an argument or option of a command: `typer.Argument(autocompletion=complete.
 from __future__ import annotations
 
 import os
-import tomllib
 from contextlib import suppress
 from typing import Any
 
@@ -35,7 +34,7 @@ def _names(context: typer.Context, section: str, key: str, incomplete: str) -> l
     """Of the file that --config names, else of that which the library uses, also while it has other mistakes."""
     path = context.params.get("path") or config.find_path(os.environ)
     with suppress(config.ConfigError, ValueError, RecursionError):
-        tables: Any = tomllib.loads(config.read(path)).get(section)
+        tables: Any = config.tables(config.read(path), path).get(section)
         rows = tables if isinstance(tables, list) else []
         names = [row.get(key) for row in rows if isinstance(row, dict)]
         return [name for name in names if isinstance(name, str) and name.startswith(incomplete)]

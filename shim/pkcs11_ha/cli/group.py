@@ -204,10 +204,10 @@ def _leave_active(draft: Draft, number: int, group: GroupConfig, name: str, seri
 def derived_serial(draft: Draft, group: GroupConfig) -> str:
     """The serial that applications have seen of a group that is given none; raises EditError if nobody knows it."""
     _, first = member_of(draft.settings, group.members[0])
-    said = dict(first.token.wanted).get("serial")
+    said = first.token.serial
     if said:
         return f"1{said}"[:SERIAL_SIZE]
-    table = tokens.table_of(draft.document.text, first.name)
+    table = tokens.table_of(draft.document.text, draft.path, first.name)
     try:
         answer = tokens.ask(tokens.Question(table, "", draft.settings.recovery.connect_timeout_s))
         why = answer.problem

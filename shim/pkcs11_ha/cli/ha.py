@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from pkcs11_ha import config
-from pkcs11_ha.cli.document import Document
 from pkcs11_ha.cli.edit import Draft, edited
 from pkcs11_ha.cli.options import ConfigPath, DryRun, Json, load, option, value
 from pkcs11_ha.config import OPTIONS
@@ -49,11 +48,9 @@ def show(path: ConfigPath = "", as_json: Json = False) -> None:
         typer.echo(json.dumps({"configuration": settings.path, **sections}, indent=2))
         return
     typer.echo(f"configuration: {settings.path}")
-    written = Document(config.read(settings.path))
+    written = config.tables(config.read(settings.path), settings.path)
     for section, values in sections.items():
-        typer.echo(
-            f"\n[{section}]" if written.has(section) else f"\n[{section}] is not in the file: defaults"
-        )
+        typer.echo(f"\n[{section}]" if section in written else f"\n[{section}] is not in the file: defaults")
         for key, said in values.items():
             mark = "  (default)" if said == option(section, key).default else ""
             typer.echo(f"{key:20}{json.dumps(said)}{mark}")

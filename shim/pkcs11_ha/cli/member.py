@@ -197,7 +197,7 @@ def try_member(
     """Load a member as a new process would, and say what is found.  Without --pin-source nobody logs in."""
     settings = load(path)
     member_of(settings, name)
-    table = tokens.table_of(config.read(settings.path), name)
+    table = tokens.table_of(config.read(settings.path), settings.path, name)
     answer = tokens.ask(Question(table, pin_source, settings.recovery.connect_timeout_s))
     if as_json:
         typer.echo(json.dumps({"member": name, "module": table["module"], **asdict(answer)}, indent=2))

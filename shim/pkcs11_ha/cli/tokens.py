@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -220,6 +219,6 @@ def _log_in(member: Member, token: Token, source: str) -> str:
     return ck.rv_name(rv)
 
 
-def table_of(text: str, name: str) -> dict[str, Any]:
-    """The keys of a [[member]] as the file has them."""
-    return next(table for table in tomllib.loads(text)["member"] if table["name"] == name)
+def table_of(text: str, path: str, name: str) -> dict[str, Any]:
+    """The keys of a [[member]] as the file has them, which may be Luna's."""
+    return next(table for table in config.tables(text, path)["member"] if table["name"] == name)
