@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from demo.members import softhsm
+from demo.members import Server, SoftToken, softhsm
 from pkcs11_ha.cli.luna import verbs
 from pkcs11_ha.cli.luna.grammar import UsageError
 from pkcs11_ha.config import SYSTEM_PATH
+from tests.cli.p11ha import good, refused
+from tests.conftest import Group, GroupFactory, ServerFactory, SoftTokenFactory
 
 P11HA = Path(sys.executable).parent / "p11ha"
 FILES = Path(__file__).parent / "luna"
@@ -369,6 +371,77 @@ def test_a_token_by_its_slot_in_the_vendors_library(site: Site) -> None:
         "hagroup listGroups"
     )
     assert "no token matches" in site.refused("hagroup addMember -sl 4711 -g grp", 1)
+
+
+@pytest.fixture
+def prod(
+    soft_token: SoftTokenFactory, server: ServerFactory, group: GroupFactory, module: Path
+) -> tuple[Group, Server, SoftToken]:
+    """A group of two that are named by their labels, one of which can be killed."""
+    assert module.exists()
+    east, west = server(soft_token("east")), soft_token("west")
+    return group(east.member(), west.member()), east, west
+
+
+def luna(line: str) -> str:
+    return good("luna", *line.split())
+
+
+def test_a_member_that_died_keeps_its_serial(prod: tuple[Group, Server, SoftToken]) -> None:
+    made, east, west = prod
+    serial = east.token.serial
+    luna("hagroup listGroups")  # it is seen once
+    east.kill()
+    listed = luna("hagroup listGroups")
+    assert f"Group Members:  {serial}, {west.serial}\n" in listed
+    assert f"------    {serial}    ------------    down\n" in listed
+    shown = luna("haAdmin show")
+    assert f"Group Members: {serial}, {west.serial}\n" in shown
+    assert re.search(rf"------ {serial} +------------ +down\n", shown)
+    (status,) = json.loads(good("status", "--json"))["groups"]
+    assert [member["serial"] for member in status["members"]] == [serial, west.serial]
+    luna(f"hagroup removeMember -g prod -se {serial}")
+    assert tomllib.loads(made.conf.read_text())["group"][0]["members"] == ["west"]
+
+
+def test_a_removed_member_is_added_as_it_was(prod: tuple[Group, Server, SoftToken]) -> None:
+    """By its token, or, while that is away, by what its serial number was."""
+    made, east, _ = prod
+    before = tomllib.loads(made.conf.read_text())
+    for _ in ("there", "away"):
+        luna(f"hagroup removeMember -g prod -se {east.token.serial}")
+        assert "successfully added" in luna(f"hagroup addMember -g prod -se {east.token.serial} -p {PIN}")
+        after = tomllib.loads(made.conf.read_text())
+        assert after["member"] == before["member"]
+        assert after["group"][0]["members"] == ["west", "east"]
+        east.kill()
+
+
+def test_a_token_that_is_nowhere_is_not_added(prod: tuple[Group, Server, SoftToken]) -> None:
+    made, east, west = prod
+    before = made.conf.read_text()
+    for line in ("hagroup addMember -g prod -se 4711", "haAdmin newGroup -l new -serialNum 4711"):
+        said = refused("luna", *line.split())
+        libraries = f"{east.member()['module']}, {west.member()['module']}"
+        assert said == f"no token has the serial number '4711': looked for in {libraries}"
+    assert made.conf.read_text() == before
+
+
+def test_a_new_token_becomes_a_member_of_the_library_that_has_it(
+    prod: tuple[Group, Server, SoftToken],
+) -> None:
+    """Of whichever member's that is; and what is written is laid out as `p11ha member add` does it."""
+    made, _, west = prod
+    util, env = ("softhsm2-util", "--show-slots"), os.environ | west.env
+    command = "softhsm2-util --init-token --free --label spare --so-pin 12345678 --pin".split()
+    subprocess.run([*command, PIN], env=env, check=True, capture_output=True)
+    shown = subprocess.run(util, env=env, check=True, capture_output=True, text=True).stdout
+    (serial,) = set(re.findall(r"Serial number: +([0-9a-f]+)", shown)) - {west.serial}
+    luna(f"hagroup addMember -g prod -se {serial}")
+    text = made.conf.read_text()
+    member = tomllib.loads(text)["member"][-1]
+    assert member == {**west.member(), "name": serial, "token": f"pkcs11:serial={serial}"}
+    assert "\n\n[[member]]\nname = " + f'"{serial}"\n' in text
 
 
 def test_a_group_in_the_words_of_vtl(site: Site) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import tomlkit
-from tomlkit import TOMLDocument
 
 from pkcs11_ha import config
+from pkcs11_ha.cli.document import Document, DocumentError
 from pkcs11_ha.cli.edit import EditError, replacing
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.config import Config
 from pkcs11_ha.uri import TokenSelector
 
-Change = Callable[[TOMLDocument], None]
+Change = Callable[[Document], None]
 
-_OF_ONE_MEMBER = ("name", "token", "pin_source")
+_FIRST_RECOVERY = {"interval_s": 60, "attempts": -1}
 
 
 def apply(path: str, change: Change) -> Config:
@@ -27,9 +25,12 @@ def apply(path: str, change: Change) -> Config:
     All edits of Luna's commands come through here.
     """
     with _replacing(path) as replace:
-        document = tomlkit.parse(config.read(path) if Path(path).exists() else "")
-        change(document)
-        return _put(path, tomlkit.dumps(document), replace)
+        document = Document(config.read(path) if Path(path).exists() else "")
+        try:
+            change(document)
+        except DocumentError as error:
+            raise OperatorError(f"{path}: {error}") from None
+        return _put(path, document.text, replace)
 
 
 def write(path: str, text: str) -> Config:
@@ -61,98 +62,61 @@ def _replacing(path: str) -> Iterator[Callable[[str], None]]:
 def setting(section: str, values: Mapping[str, object]) -> Change:
     """Values of [ha] or [recovery]; the first of [recovery] brings the section into being, whole."""
 
-    def change(document: TOMLDocument) -> None:
-        if section not in document:
-            table = tomlkit.table()
-            if section == "recovery":
-                table.update({"interval_s": 60, "attempts": -1})
-            document.add(section, table)
-        for key, value in values.items():
-            document[section][key] = value
+    def change(document: Document) -> None:
+        whole = section != "recovery" or document.has(section)
+        document.set(section, values if whole else {**_FIRST_RECOVERY, **values})
 
     return change
 
 
 def group_setting(label: str, values: Mapping[str, object]) -> Change:
     """Values of a [[group]]."""
-    return lambda document: _group(document, label).update(values)
+    return lambda document: document.set("group", values, _group(document, label)[0])
 
 
-def new_member(name: str, serial: str, like: str, module: str) -> Change:
-    """A [[member]] for the token with that serial number: as the member `like` is, else with that library."""
-
-    def change(document: TOMLDocument) -> None:
-        table = tomlkit.table()
-        table.add("name", name)
-        model = next(
-            (each for each in document.get("member", []) if each["name"] == like), {"module": module}
-        )
-        token = str(TokenSelector((("serial", serial),)))
-        for key, value in model.items():
-            if key not in _OF_ONE_MEMBER:
-                table.add(key, value)
-            if key == "module":
-                table.add("token", token)
-        _append(document, "member", table)
-
-    return change
+def new_member(name: str, serial: str, library: Mapping[str, object]) -> Change:
+    """A [[member]] for the token with that serial number, of a library as it is to be loaded."""
+    more = {key: value for key, value in library.items() if key != "module"}
+    token = str(TokenSelector((("serial", serial),)))
+    values = {"name": name, "module": library["module"], "token": token, **more}
+    return lambda document: document.add("member", values)
 
 
 def new_group(label: str, serial: str | None, member: str) -> Change:
     """A [[group]] of one member."""
-
-    def change(document: TOMLDocument) -> None:
-        table = tomlkit.table()
-        table.add("label", label)
-        if serial is not None:
-            table.add("serial", serial)
-        table.add("members", [member])
-        _append(document, "group", table)
-
-    return change
+    said = {} if serial is None else {"serial": serial}
+    return lambda document: document.add("group", {"label": label, **said, "members": [member]})
 
 
 def lists(label: str, members: list[str], standby: list[str], serial: str | None) -> Change:
     """Who is in a group; a `serial` is written where there is none, for what it came from goes."""
 
-    def change(document: TOMLDocument) -> None:
-        group = _group(document, label)
-        if serial is not None and "serial" not in group:
-            group["serial"] = serial
-        for key, names in (("members", members), ("standby", standby)):
-            if list(group.get(key, [])) != names:
-                group[key] = names
+    def change(document: Document) -> None:
+        number, group = _group(document, label)
+        values: dict[str, object] = {"members": members, "standby": standby, "serial": serial}
+        kept = {"serial"} if serial is None or "serial" in group else set()
+        kept |= {key for key, names in values.items() if group.get(key, []) == names}
+        document.set("group", {key: said for key, said in values.items() if key not in kept}, number)
 
     return change
 
 
 def without_group(label: str) -> Change:
     """Its members stay."""
-
-    def change(document: TOMLDocument) -> None:
-        groups: Any = document["group"]
-        groups.remove(_group(document, label))
-        if not groups:
-            del document["group"]
-
-    return change
+    return lambda document: document.remove("group", _group(document, label)[0])
 
 
 def all_of(*changes: Change) -> Change:
     """One after the other."""
 
-    def change(document: TOMLDocument) -> None:
+    def change(document: Document) -> None:
         for each in changes:
             each(document)
 
     return change
 
 
-def _group(document: TOMLDocument, label: str) -> Any:
-    return next(group for group in document["group"] if group["label"] == label)
-
-
-def _append(document: TOMLDocument, section: str, table: tomlkit.items.Table) -> None:
-    if section not in document:
-        document.add(section, tomlkit.aot())
-    document[section].append(table)
+def _group(document: Document, label: str) -> tuple[int, Mapping[str, object]]:
+    """Its place among the groups, and what it says."""
+    groups = tomllib.loads(document.text)["group"]
+    return next((number, group) for number, group in enumerate(groups) if group["label"] == label)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import tomlkit
-
 from pkcs11_ha import config
-from pkcs11_ha.cli import domain, module, objects, operator, status
+from pkcs11_ha.cli import domain, module, objects, operator, status, tokens
 from pkcs11_ha.cli.luna import edits, grammar, listing
 from pkcs11_ha.cli.luna.edits import Change
 from pkcs11_ha.cli.luna.grammar import Command, UsageError
@@ -21,13 +18,16 @@ from pkcs11_ha.cli.module import ModuleError
 from pkcs11_ha.cli.operator import OperatorError
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.cli.requests import directory
+from pkcs11_ha.cli.tokens import ANY
 from pkcs11_ha.config import Config, GroupConfig, MemberConfig
 from pkcs11_ha.luna import LOG_FILE, SERIAL_SIZE
-from pkcs11_ha.runtime import requests
+from pkcs11_ha.runtime import identity_file, requests
 from pkcs11_ha.runtime.member import MemberState
 
 NO_ERROR = "Command Result : No Error"
 _USUAL_S = (60, 1200)
+_PATIENCE_S = 20.0  # for a library, where no configuration says how long
+_OF_ONE_MEMBER = ("name", "token", "pin_source")
 
 
 class _Run:
@@ -98,13 +98,13 @@ def run(words: Sequence[str]) -> str:
 def serial_of(settings: Config, name: str) -> str:
     """A member's serial number as far as the configuration says it, else its name."""
     member = next(member for member in settings.members if member.name == name)
-    return str(dict(member.token.wanted).get("serial") or name)
+    return member.token.serial or name
 
 
 def _says_serials(settings: Config, group: GroupConfig) -> bool:
     """Whether the configuration has the serial numbers of all its members."""
     names = (*group.members, *group.standby)
-    return all("serial" in dict(member.token.wanted) for member in settings.members if member.name in names)
+    return all(member.token.serial for member in settings.members if member.name in names)
 
 
 def number_of(settings: Config, group: GroupConfig) -> str:
@@ -224,15 +224,15 @@ def _slots(this: _Run) -> None:
 
 
 def _member_with(settings: Config, serial: str) -> MemberConfig | None:
-    """By its URI or name; else by what the token itself says."""
+    """As the configuration says, else as the tokens that are there do, or did when they were last seen."""
     for member in settings.members:
-        if serial in (dict(member.token.wanted).get("serial"), member.name):
+        if serial in (member.token.serial, member.name):
             return member
-    if all("serial" in dict(member.token.wanted) for member in settings.members) or not settings.groups:
+    if all(member.token.serial for member in settings.members) or not settings.groups:
         return None
     with module.initialised() as library:
         for name, live in library.core.members.items():
-            if live.facts is not None and live.facts.serial == serial:
+            if live.serial == serial:
                 return next(member for member in settings.members if member.name == name)
     return None
 
@@ -257,64 +257,85 @@ def _member_in_slot(settings: Config, text: str) -> MemberConfig:
         return next(member for member in settings.members if member.name == slot.members[0].name)
 
 
-def _serial_in_slot(member: Mapping[str, object], number: int) -> str:
-    """The serial number of the token in a slot of the library of a member like this one; raises OperatorError."""
-    table = {k: v for k, v in member.items() if k != "pin_source"}
-    table |= {"name": "new", "token": f"pkcs11:slot-id={number}"}
-    text = tomlkit.dumps(
-        {"member": [table], "group": [{"label": "new", "members": ["new"]}], "ha": {"log": "off"}}
-    )
-    before = {name: os.environ.get(name) for name in ("PKCS11_HA_CONF", "PKCS11_HA_STATE")}
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "new.toml")
-        file.write_text(text, encoding="utf-8")
-        os.environ.update(PKCS11_HA_CONF=str(file), PKCS11_HA_STATE=directory)
-        try:
-            with module.initialised() as library:
-                found = library.core.members["new"]
-                if found.facts is None:
-                    raise OperatorError(f"-slot {number}: {found.why}")
-                return found.facts.serial
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+def _newcomer(this: _Run, settings: Config | None, like: str) -> tuple[str, str, Change]:
+    """Name and serial number of the member that is to be in a group, and the change that has it in the file.
 
-
-def _new_member(this: _Run, settings: Config | None, like: str) -> tuple[str, str, Change]:
-    """Name and serial number of the member that is to be in a group, and the change that has it in the file."""
-    library = this.command.get(grammar.MODULE)
-    if library and not library.startswith("/"):
-        raise UsageError(f"-module {library!r}: type an absolute path")
-    if not library and settings is not None and settings.members:
-        known = {member.module for member in settings.members}
-        if not like and len(known) > 1:
-            raise OperatorError(
-                f"-module PATH says which library has the token: {' or '.join(sorted(known))}"
-            )
-        like = like or settings.members[0].name
-    elif not library:
-        raise OperatorError("-module PATH says which library has the token")
-    else:
-        like = ""
+    `like` is the member whose library is asked first.  Raises UsageError, ConfigError, OperatorError, ModuleError.
+    """
+    tables = config.tables(config.read(this.path), this.path).get("member", []) if settings else []
+    libraries = _libraries(this, tables, like)
+    limit_s = settings.recovery.connect_timeout_s if settings else _PATIENCE_S
     serial = this.command.get(grammar.SERIAL)
     if this.command.has(grammar.SLOT):
         number = _whole(this.command.get(grammar.SLOT), grammar.SLOT)
-        document = tomlkit.parse(config.read(this.path)).unwrap() if like else {}
-        tables = document.get("member", [])
-        model = next((table for table in tables if table["name"] == like), {"module": library})
-        serial = _serial_in_slot(model, number)
-    found = _member_with(settings, serial) if settings is not None else None
-    if found is not None and settings is not None:
-        home = next((g for g in settings.groups if found.name in (*g.members, *g.standby)), None)
-        if home is not None:
-            raise OperatorError(f"{serial} is in group {home.label!r} already")
-        return found.name, serial, lambda _document: None
+        if not like and len({library["module"] for library in libraries}) > 1:
+            raise OperatorError(f"-module PATH says which library has the token: {_named(libraries, ' or ')}")
+        answer = _asked(libraries[0], f"pkcs11:slot-id={number}", limit_s)
+        if not answer.tokens:
+            raise OperatorError(f"-slot {number}: {answer.problem}")
+        serial = answer.tokens[0].serial
     if not 1 <= len(serial) <= SERIAL_SIZE:
         raise UsageError(f"-serialNumber {serial!r}: type 1 to {SERIAL_SIZE} characters")
-    return serial, serial, edits.new_member(serial, serial, like, library)
+    if settings is not None and (name := _free_member_with(settings, tables, serial)):
+        return name, serial, lambda _document: None
+    problems = []
+    for library in libraries:
+        answer = _asked(library, ANY, limit_s)
+        if any(token.serial == serial for token in answer.tokens):
+            return serial, serial, edits.new_member(serial, serial, library)
+        problems += [answer.problem] if answer.problem else []
+    where = "; ".join(dict.fromkeys(problems)) or f"looked for in {_named(libraries, ', ')}"
+    raise OperatorError(f"no token has the serial number {serial!r}: {where}")
+
+
+def _libraries(this: _Run, tables: Sequence[Mapping[str, object]], like: str) -> list[dict[str, object]]:
+    """Where a token may be: each library as members load it, or that of -module.  Raises UsageError, OperatorError."""
+    module = this.command.get(grammar.MODULE)
+    if module and not module.startswith("/"):
+        raise UsageError(f"-module {module!r}: type an absolute path")
+    found: list[dict[str, object]] = [{"module": module}] if module else []
+    for table in sorted(tables, key=lambda table: table["name"] != like):
+        library = {key: value for key, value in table.items() if key not in _OF_ONE_MEMBER}
+        if module in ("", library["module"]) and library not in found:
+            found.append(library)
+    if not found:
+        raise OperatorError("-module PATH says which library has the token")
+    return found
+
+
+def _named(libraries: Sequence[Mapping[str, object]], parted: str) -> str:
+    return parted.join(dict.fromkeys(str(library["module"]) for library in libraries))
+
+
+def _asked(library: Mapping[str, object], token: str, limit_s: float) -> tokens.Answer:
+    """What a library says of its tokens, in a process of its own."""
+    try:
+        return tokens.ask(tokens.Question({**library, "name": "new", "token": token}, "", limit_s))
+    except OperatorError as error:
+        return tokens.Answer("", (), "", str(error))
+
+
+def _free_member_with(settings: Config, tables: Sequence[Mapping[str, object]], serial: str) -> str:
+    """The name of the configured member whose token has that serial number, empty if there is none.
+
+    Raises OperatorError if it is in a group already.
+    """
+    homes = {name: group for group in settings.groups for name in (*group.members, *group.standby)}
+    found = _member_with(settings, serial)
+    if found is not None and found.name in homes:
+        raise OperatorError(f"{serial} is in group {homes[found.name].label!r} already")
+    if found is not None:
+        return found.name
+    known = identity_file.remembered(config.state_dir(os.environ))
+    for member, table in zip(settings.members, tables, strict=True):
+        # The core has no members that are in no group while haOnly is enabled.
+        if member.name in homes or member.token.serial:
+            continue
+        answer = _asked(table, str(member.token), settings.recovery.connect_timeout_s)
+        last = answer.tokens[0].serial if answer.tokens else identity_file.seen(member, known)
+        if last == serial:
+            return member.name
+    return ""
 
 
 # ---- changes
@@ -325,7 +346,7 @@ def _create(this: _Run) -> None:
     label = this.command.get(grammar.LABEL)
     if settings is not None and any(group.label == label for group in settings.groups):
         raise OperatorError(f"group {label!r} is there already: p11ha luna hagroup listGroups")
-    name, serial, member = _new_member(this, settings, "")
+    name, serial, member = _newcomer(this, settings, "")
     number = f"1{serial}" if len(serial) < SERIAL_SIZE else None
     after = this.changed(
         edits.all_of(member, edits.new_group(label, number, name)),
@@ -337,7 +358,7 @@ def _create(this: _Run) -> None:
 def _add(this: _Run) -> None:
     settings = this.settings()
     group = this.group(settings)
-    name, serial, member = _new_member(this, settings, group.members[0])
+    name, serial, member = _newcomer(this, settings, group.members[0])
     change = edits.lists(group.label, [*group.members, name], list(group.standby), None)
     after = this.changed(
         edits.all_of(member, change),
