@@ -6,6 +6,7 @@ Commands are found in the command line itself, so that one that is new is tested
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -229,6 +230,70 @@ def test_nobody_reads_on(line: list[str]) -> None:
         done.stdout.close()
         assert done.stderr.read() == b""
     assert done.returncode == 1
+
+
+def shell(redirection: str, *line: str, **env: str) -> Done:
+    """With streams as the shell makes them."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", str(P11HA), *line],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | env,
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "line", "status"),
+    [
+        (">&-", ("version",), 0),
+        ("<&- >&- 2>&-", ("ha", "show", "--json"), 0),
+        (">&-", ("--help",), 0),
+        ("2>&-", ("group", "show", "nope"), 1),
+        (">&- 2>&-", ("ha", "retry"), 2),
+        ("<&-", ("demo-menu", "--module", "/nonexistent"), 1),
+    ],
+)
+def test_a_closed_stream_reads_and_writes_nothing(
+    redirection: str, line: tuple[str, ...], status: int
+) -> None:
+    done = shell(redirection, *line)
+    assert done.returncode == status, done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_a_key_whose_words_nobody_would_see_is_not_made() -> None:
+    script = (
+        "from pkcs11_ha.cli import custody, main, run\n"
+        "def make():\n"
+        "    try:\n"
+        "        custody.make([], custody.Shares(1, 1))\n"
+        "    except custody.CustodyError as error:\n"
+        "        raise run.ModuleError(str(error))\n"
+        "main.app.command('make')(make)\n"
+        "main.main() == 1 or print('made')\n"
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" make >&-', sys.executable, script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "file descriptor 1 cannot be written: Bad file descriptor\n"
+
+
+def test_letters_that_the_output_does_not_have_are_escaped(tmp_path: Path) -> None:
+    beside = tmp_path / "names"
+    beside.mkdir()
+    named = beside / "pkcs11-ha.toml"
+    named.write_text(TEXT.replace('"prod"', '"prod é"'))
+    try:
+        done = shell("", "group", "list", "--config", str(named), PYTHONIOENCODING="ascii")
+    finally:
+        named.unlink()
+        beside.rmdir()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "prod \\xe9" in done.stdout
 
 
 def test_a_full_disk_is_a_line() -> None:

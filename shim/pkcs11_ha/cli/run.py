@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -29,6 +30,7 @@ _ClickException: Any = _UsageError.__base__
 
 def run(app: typer.Typer) -> int:
     """One command of the process's own command line; what its exit status is to be."""
+    _have_streams()
     odd = next((word for word in sys.argv[1:] if not _is_text(word)), "")
     if odd:
         shown = os.fsencode(odd).decode("utf-8", "backslashreplace")
@@ -42,6 +44,20 @@ def run(app: typer.Typer) -> int:
         return _let_go(WRONG)
     except OSError as error:
         return _let_go(status or _say(f"{NAME}: standard output: {error.strerror or error}", WRONG))
+
+
+def _have_streams() -> None:
+    """A stream that was closed reads and writes nothing, and one that has not every letter shows the others escaped."""
+    # No file of ours may get the number of a closed stream.  It cannot be written to: who shows a domain key's words
+    # there must find that nobody sees them.
+    while (taken := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        os.set_inheritable(taken, True)
+    os.close(taken)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 (stays open)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
 
 
 def _let_go(status: int) -> int:
