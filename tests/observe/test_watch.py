@@ -136,6 +136,17 @@ def test_ctrl_c_ends_it() -> None:
 
 
 @pytest.mark.usefixtures("state")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_the_terminal_as_it_was(number: signal.Signals) -> None:
+    with Terminal(WATCH) as terminal:
+        terminal.says("no process uses the library now")
+        os.kill(terminal.process.pid, number)
+        assert terminal.ends() == -number
+        terminal.shows(lambda _: b"\x1b[?1049l" in terminal.raw, "the screen is left")
+        terminal.shows(lambda _: b"\x1b[?25h" in terminal.raw, "there is a cursor")
+
+
+@pytest.mark.usefixtures("state")
 def test_without_a_terminal_it_says_what_to_type() -> None:
     done = p11ha("watch", status=1)
     assert done.stderr == "watch needs a terminal: p11ha status shows the same once\n"

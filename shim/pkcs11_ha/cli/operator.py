@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import termios
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from pkcs11_ha import ck
 from pkcs11_ha.cli.module import Library
+from pkcs11_ha.cli.terminal import put_back
 from pkcs11_ha.runtime import login, native
 from pkcs11_ha.runtime.login import Pin
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
@@ -91,13 +93,17 @@ def _ask() -> Any:
     before = termios.tcgetattr(sys.stdin)
     silent = termios.tcgetattr(sys.stdin)
     silent[3] &= ~termios.ECHO
-    os.write(2, b"PIN of the group: ")
-    try:
-        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, silent)
-        return _read("/dev/tty", a_line=True)
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
-        os.write(2, b"\n")
+    with put_back():
+        try:
+            termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, silent)
+            with suppress(OSError):  # standard error may be closed
+                os.write(2, b"PIN of the group: ")
+            select.select([sys.stdin], [], [])  # not in C, where no signal is seen to, until a line is there
+            return _read("/dev/tty", a_line=True)
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
+            with suppress(OSError):
+                os.write(2, b"\n")
 
 
 def log_in(slot: VirtualSlot, members: list[Member], secret: Any) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 from pkcs11_ha.cli import screen, segments
 from pkcs11_ha.cli.screen import SORTS, Look
 from pkcs11_ha.cli.segments import Found, Process
+from pkcs11_ha.cli.terminal import put_back
 from pkcs11_ha.config import Form
 
 
@@ -172,7 +173,11 @@ def _title(found: Found, state: State) -> Text:
 def watch(look_there: Callable[[], Found], every_s: float, console: Console) -> None:
     """Until q or Ctrl-C; needs a terminal on stdin and stdout."""
     state, counts = State(Look(rates={})), Counts()
-    with _keys() as (keys, resized), Live(console=console, screen=True, auto_refresh=False) as live:
+    with (
+        put_back(),
+        _keys() as (keys, resized),
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
         due = 0.0
         found = Found((), ())
         while not state.ended:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
 from pkcs11_ha.cli.menu.attributes import ValueForm, boolean
+from pkcs11_ha.cli.terminal import put_back
 from pkcs11_ha.uri import UriError, parse_file_uri
 
 Answer = TypeVar("Answer")
@@ -77,13 +78,14 @@ class Terminal:
         before = termios.tcgetattr(self._lines)
         silent = termios.tcgetattr(self._lines)
         silent[3] &= ~termios.ECHO
-        try:
-            termios.tcsetattr(self._lines, termios.TCSAFLUSH, silent)
-            yield
-        finally:
-            termios.tcsetattr(self._lines, termios.TCSADRAIN, before)
-            self._out.write("\n")
-            self._out.flush()
+        with put_back():
+            try:
+                termios.tcsetattr(self._lines, termios.TCSAFLUSH, silent)
+                yield
+            finally:
+                termios.tcsetattr(self._lines, termios.TCSADRAIN, before)
+                self._out.write("\n")
+                self._out.flush()
 
 
 class Script:
