@@ -378,7 +378,15 @@ OPTIONS = (
     ),
     Option("member", "init_args", _TEXT, None, "The string C_Initialize gets in pReserved (NSS)."),
     Option("member", "pin_source", _PIN_SOURCE, None, "File with the PIN, where the member has its own."),
-    Option("member", "instance", _choice(get_args(Instance)), "shared", "A copy of the library, or shared."),
+    Option(
+        "member",
+        "instance",
+        _choice(get_args(Instance)),
+        "shared",
+        "A copy of the library, or shared. A token that the application has logged in to by itself, through a library"
+        " that it shares, looks at no PIN: if no other member does, the group's C_Login answers"
+        " CKR_USER_ALREADY_LOGGED_IN and its sessions stay public.",
+    ),
     Option(
         "member",
         "host",

@@ -351,6 +351,23 @@ def test_member_that_returns_is_logged_in_before_it_serves(
     assert served == {"east", "west", "north"}
 
 
+def test_pin_that_nobody_looks_at_is_not_believed(three: list[FakeToken], start: StartFactory) -> None:
+    """The application is logged in on the tokens by itself; one that is not is enough."""
+    app = start(*(token.member() for token in three))
+    session = app.open()
+    for token in three:
+        token["C_Login"].answers(p11.CKR_USER_ALREADY_LOGGED_IN)
+    assert code(lambda: session.login("wrong")) == "CKR_USER_ALREADY_LOGGED_IN"
+    assert session.info().state == p11.CKS_RW_PUBLIC_SESSION
+    (line,) = app.events("login.refused")
+    assert ' why="each token is logged in already' in line
+    three[2].is_well_again()
+    assert code(lambda: session.login("wrong")) == "CKR_PIN_INCORRECT"
+    session.login(PIN)
+    assert session.info().state == p11.CKS_RW_USER_FUNCTIONS
+    assert app.away() == set()
+
+
 def test_thirty_two_logins_at_once_are_one_login(three: list[FakeToken], start: StartFactory) -> None:
     app = start(*(token.member() for token in three))
     sessions = [app.open() for _ in range(32)]

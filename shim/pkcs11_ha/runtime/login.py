@@ -199,7 +199,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
             member.logins.add(slot.id)
             return
         if rv == ck.CKR_USER_ALREADY_LOGGED_IN:
-            # The host is logged in on this token by itself: the PIN is still to be verified.
+            # The host is logged in on this token by itself, or a fork's parent was: the PIN is still to be verified.
             continue
         code, stumbled = member.code(rv), rv in _STUMBLES
         doubtful = stumbled or code is Code.SUSPECT
@@ -215,6 +215,9 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
     if first != ck.CKR_OK or broken:
         raise NotLookedAt(first or ck.CKR_DEVICE_ERROR, broken)
     if any(member.state is MemberState.UP for member in candidates):
+        why = "each token is logged in already, and looks at no PIN"
+        details = {"code": ck.rv_name(ck.CKR_USER_ALREADY_LOGGED_IN), "why": why}
+        slot.log(Event("login.refused", slot.face.label, details=details))
         raise CkError(ck.CKR_USER_ALREADY_LOGGED_IN)
     raise CkError(ck.CKR_DEVICE_ERROR)
 

@@ -72,9 +72,12 @@ MESSAGES: Mapping[str, Message] = {
     ),
     "login.refused": Message(
         "The first member that was asked answered `code`: the application's PIN is wrong, or locked there. Or `why`:"
-        " the call would change PINs and cannot reach every member.",
+        " the call would change PINs and cannot reach every member; or the application uses the members' libraries"
+        " beside the group, or is the child of a fork that has the parent's, and is logged in there: a token that is"
+        " logged in looks at no PIN, and one that nobody has looked at is not believed.",
         "Correct the application's PIN. Each wrong one costs one try on one token: see that it does not try again by"
-        " itself. With `why`: bring the member back, or change the PINs with the vendor's tools.",
+        " itself. With `why`: bring the member back, or change the PINs with the vendor's tools; or give a member a"
+        ' login of its own: `host = "worker"`, in one process `instance = "own"` too.',
     ),
     "login.succeeded": Message("The PIN was right on every member that is there.", "Nothing."),
     "member.admitted": Message(
