@@ -767,7 +767,7 @@ def read(path: str, *, luna: bool | None = None) -> str:
                 raise ConfigError(path, None, "", "not a regular file")
             data = file.read()
     except FileNotFoundError as error:
-        begin = "" if is_luna(path) else f": {_BEGIN}"
+        begin = "" if luna or is_luna(path) else f": {_BEGIN}"
         raise ConfigError(path, None, "", f"{_reason(error)}{begin}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(path, None, "", _reason(error)) from None

@@ -18,6 +18,8 @@ SERIAL_SIZE = 16  # of CK_TOKEN_INFO.serialNumber
 
 
 _NOT_TEXT = "not UTF-8: iconv -f ISO-8859-1 -t UTF-8 makes it so"
+_UTF_16 = "UTF-16: iconv -f UTF-16 -t UTF-8 makes it UTF-8"
+_MARKS_16 = "\udcff\udcfe", "\udcfe\udcff"  # the byte order marks, as bytes that are not UTF-8 come
 
 
 def _is_text(text: str) -> bool:
@@ -63,6 +65,8 @@ _PAIR = re.compile(r"([^={};\n]+?)[^\S\n]*=[^\S\n]*([^;{}\n]*?)[^\S\n]*;")
 
 def parse(text: str) -> tuple[Entry, ...]:
     """The entries of the file in its order, in Unix or Windows syntax, whichever it is; raises LunaError."""
+    if text.startswith(_MARKS_16) or "\0" in text:
+        raise LunaError(1, "", _UTF_16)
     entries = _parse_ini(text) if _is_ini(text) else _parse_unix(text)[0]
     for entry in entries:
         if not _is_text(entry.name + entry.value):
@@ -230,6 +234,7 @@ class _Draft:
     standby: dict[tuple[str, str], Entry] = field(default_factory=dict)
     log: dict[str, Entry] = field(default_factory=dict)
     probe: Entry | None = None
+    has_own_file: bool = False  # Luna's library is to have one without groups
 
     def set(self, section: str, key: str, value: Any, entry: Entry) -> None:
         self.settings[section, key] = Setting(value, entry)
@@ -313,7 +318,7 @@ def _standby(draft: _Draft, entry: Entry, part: str) -> None:
 
 def _ha_only(draft: _Draft, entry: Entry, _part: str) -> None:
     draft.set("ha", "only", _flag(entry), entry)
-    if _flag(entry):
+    if _flag(entry) and not draft.has_own_file:
         draft.say(
             entry,
             "Luna's own library reads this too, and hides the members from us: "
@@ -505,7 +510,7 @@ def translate(
     `module` is a library instead of the file's, `env` an environment for it; `knows` says whether our
     configuration has an option (section, name).
     """
-    draft = _Draft(knows)
+    draft = _Draft(knows, has_own_file=bool(env))
     _take_all(draft, parse(text))
     if not draft.numbered:
         raise LunaError(1, "VirtualToken", "names no group: VirtualToken00Label, VirtualToken00Members")

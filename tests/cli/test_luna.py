@@ -17,7 +17,7 @@ from demo.members import Server, SoftToken, softhsm
 from pkcs11_ha.cli.luna import verbs
 from pkcs11_ha.cli.luna.grammar import UsageError
 from pkcs11_ha.config import SYSTEM_PATH
-from tests.cli.p11ha import good, refused
+from tests.cli.p11ha import good, refused, run
 from tests.conftest import Group, GroupFactory, ServerFactory, SoftTokenFactory
 
 P11HA = Path(sys.executable).parent / "p11ha"
@@ -143,6 +143,7 @@ def test_an_imported_file_serves_an_application(site: Site, module: Path) -> Non
     imported = site.p11ha("import-luna", str(file), "--client-config", str(own))
     assert imported.returncode == 0, imported.stderr
     assert f"wrote {site.conf}" in imported.stdout
+    assert "hides the members" not in imported.stdout + site.conf.read_text()  # its library has its own file
     listing = imported.stdout.split("\n\n", 1)[1].splitlines()
     assert all(len(line) <= 80 for line in listing)
     assert "     HA Group Label:  grpA                      group        grpA" in listing
@@ -220,6 +221,18 @@ def test_bytes_that_are_not_utf_8(site: Site, module: Path) -> None:
     assert line in site.tool(module, "--list-slots", PKCS11_HA_CONF=str(file)).stderr
 
 
+def test_it_is_written_where_edits_begin_a_file(site: Site) -> None:
+    """In a dry run: nothing may reach the host's own configuration."""
+    if Path(SYSTEM_PATH).exists():
+        pytest.skip(f"{SYSTEM_PATH} comes first")
+    file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
+    home = site.directory / "xdg"
+    for place in ("", str(file.parent)):
+        env = {"XDG_CONFIG_HOME": str(home), "ChrystokiConfigurationPath": place}
+        shown = site.run(P11HA, "import-luna", file, "--dry-run", **env)
+        assert shown.stdout.endswith(f"would write {home}/pkcs11-ha/pkcs11-ha.toml\n"), shown.stderr
+
+
 def test_the_mode_of_recovery_is_not_made_up(site: Site) -> None:
     file = site.write("appliances.conf", _100200300400="east", _200300400500="west")
     file.write_text(re.sub(r".*VirtualTokenActiveRecovery.*\n", "", file.read_text()))
@@ -272,6 +285,7 @@ def test_what_cannot_be_imported_is_one_line_and_changes_nothing(site: Site) -> 
             f"{file.parent}: that is",
         ),
         (["/nowhere/Chrystoki.conf"], 1, "/nowhere/Chrystoki.conf: No such file"),
+        (["/nowhere/luna"], 1, "/nowhere/luna: No such file or directory\n"),
     ):
         refused = site.p11ha("import-luna", *words)
         assert (refused.returncode, refused.stdout) == (status, ""), words
@@ -495,6 +509,7 @@ def test_synchronising_takes_the_password_and_keeps_it(site: Site, module: Path)
         ("hagroup retry -count -2", "-count: type -1 for no limit, 0 for none, or a number"),
         ("hagroup addMember -g x -s 3", "'-s' may mean -serialNumber or -slot: type hagroup addMember {"),
         ("hagroup addMember -g x -se 3 -sl 3", "type hagroup addMember {-serialNumber SERIAL | -slot SLOT}"),
+        ("ha haLog -maxLength 5", "-maxLength 5: type a whole number of bytes: 0, or from 4096 to 1 TiB"),
         ("hagroup addMember hunter2", "a word is not known here: type hagroup addMember"),
         ("hagroup recoveryMode -mode fast", "-mode 'fast': type activeBasic, activeEnhanced, or passive"),
         ("hagroup haonly -enable -disable", "type hagroup haOnly {-enable | -disable | -show}"),
@@ -510,6 +525,13 @@ def test_a_wrong_spelling_is_one_line_that_says_what_to_type(
         verbs.run(line.split())
     assert str(refused.value).startswith(says)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_without_a_command_it_prints_its_help() -> None:
+    shown = [run("luna", *words) for words in ((), ("--help",))]
+    assert [(done.returncode, done.stderr) for done in shown] == [(2, ""), (0, "")]
+    assert shown[0].stdout == shown[1].stdout
+    assert max(map(len, shown[0].stdout.splitlines())) <= 80
 
 
 def test_lunas_own_file_is_not_edited(site: Site) -> None:

@@ -72,6 +72,13 @@ def test_windows_wants_a_library_for_this_system() -> None:
     assert "one member" in remarks(translation)[14]
 
 
+def test_utf_16_is_called_by_its_name() -> None:
+    for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
+        data = text("windows.ini").encode(encoding)
+        with pytest.raises(LunaError, match="UTF-16: iconv -f UTF-16 -t UTF-8"):
+            luna.translate(data.decode("utf-8", "surrogateescape"))
+
+
 def test_standby_and_all_that_has_no_counterpart() -> None:
     translation = luna.translate(text("standby.conf"))
     tables = translation.tables()

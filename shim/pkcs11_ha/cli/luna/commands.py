@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from pkcs11_ha import config
-from pkcs11_ha.cli.luna import importing, verbs
+from pkcs11_ha.cli.edit import path_to_edit
+from pkcs11_ha.cli.luna import grammar, importing, verbs
 from pkcs11_ha.cli.luna.grammar import UsageError
 from pkcs11_ha.cli.module import ModuleError
 from pkcs11_ha.cli.operator import OperatorError
@@ -31,6 +32,9 @@ def _said(command: str, work: Callable[[], None]) -> None:
 
 def luna(words: Annotated[list[str], typer.Argument(metavar="COMMAND...")] = []) -> None:  # noqa: B006
     """Take Luna's commands: hagroup, haAdmin, listSlots (p11ha luna help)."""
+    if not words:
+        typer.echo("\n".join(grammar.help_lines()))
+        raise typer.Exit(2)
     _said("luna", lambda: typer.echo(verbs.run(words)))
 
 
@@ -66,7 +70,7 @@ def _import(
     file: str, output: str, module: str, client_config: str, force: bool, dry_run: bool, as_json: bool
 ) -> None:
     source = config.luna_file(file) if Path(file).is_dir() else file
-    target = output or config.find_path({k: v for k, v in os.environ.items() if k != config.LUNA_PATH})
+    target = output or path_to_edit({k: v for k, v in os.environ.items() if k != config.LUNA_PATH})
     _check_paths(module, client_config, target)
     text, translation = importing.translate(source, module, client_config)
     if Path(target).exists() and not force and not dry_run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -210,9 +212,16 @@ def _option(verb: Verb, word: str) -> Option:
     return found[0]
 
 
+def _wrapped(syntax: str) -> list[str]:
+    """In 80 columns; an option stays with its value."""
+    whole = re.sub(r" (?![-\[{])", "\xa0", syntax)
+    lines = textwrap.wrap(whole, 80, subsequent_indent=" " * 8, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
+
+
 def help_lines() -> list[str]:
     """Every command, and ours that does the same."""
-    lines = ["Luna's commands, in whatever case; options and verbs may be as short as is clear.", ""]
+    lines = ["Luna's commands, in any case; options and verbs may be as short as is clear.", ""]
     for verb in VERBS:
-        lines += [verb.syntax, f"    {verb.ours}"]
+        lines += [*_wrapped(verb.syntax), f"    {verb.ours}"]
     return [*lines, "", "Everywhere: -config FILE; -json where something is shown."]

@@ -16,6 +16,7 @@ from pkcs11_ha.cli.luna.edits import Change
 from pkcs11_ha.cli.luna.grammar import Command, UsageError
 from pkcs11_ha.cli.module import ModuleError
 from pkcs11_ha.cli.operator import OperatorError
+from pkcs11_ha.cli.options import option as option_of
 from pkcs11_ha.cli.progress import progress
 from pkcs11_ha.cli.requests import directory
 from pkcs11_ha.cli.tokens import ANY
@@ -558,9 +559,7 @@ def _log(this: _Run) -> None:
     wanted = _switch(command)
     values: dict[str, object] = {}
     if command.has(grammar.LENGTH):
-        if not config.knows("ha", "log_max_bytes"):
-            raise OperatorError("-maxLength: the log is not cut by size in this version")
-        values["log_max_bytes"] = _whole(command.get(grammar.LENGTH), grammar.LENGTH)
+        values["log_max_bytes"] = _length(command.get(grammar.LENGTH))
     if command.has(grammar.PATH):
         directory = command.get(grammar.PATH)
         if not directory.startswith("/"):
@@ -576,6 +575,16 @@ def _log(this: _Run) -> None:
     where = settings.ha.log.removeprefix("file:")
     this.lines += ["", f"HA Log is {'disabled' if where == 'off' else f'enabled: {where}'}"]
     this.data = {"log": settings.ha.log}
+
+
+def _length(text: str) -> int:
+    """Raises UsageError for what the configuration would not take."""
+    number, form = _whole(text, grammar.LENGTH), option_of("ha", "log_max_bytes").form
+    try:
+        form.read(number)
+    except ValueError:
+        raise UsageError(f"-maxLength {number}: type {form.words}") from None
+    return number
 
 
 def _is_off(this: _Run) -> bool:
