@@ -44,7 +44,7 @@ static bool is_end_of_line(CK_BYTE c)
     return c == '\n' || c == '\r';
 }
 
-/* The first line of what `path` opens, without its end. `step` bytes are asked for at a time. */
+/* The first line of what `path` opens, without its end; an empty one is no PIN, and would cost a try. `step` bytes are asked for at a time. */
 static ha_secret *read_first_line(char *path, size_t step, char *error, size_t error_size)
 {
     ha_secret *secret = secret_pages(LONGEST_LINE);
@@ -64,9 +64,12 @@ static ha_secret *read_first_line(char *path, size_t step, char *error, size_t e
             size += (size_t)got;
         while (end < size && !is_end_of_line(secret->bytes[end])) end++;
     }
-    if (got < 0) snprintf(error, error_size, "%s: %s", path, strerror(errno));
+    if (got < 0)
+        snprintf(error, error_size, "%s: %s", path, strerror(errno));
+    else if (!end)
+        snprintf(error, error_size, "%s: no PIN: its first line is empty", path);
     if (fd >= 0) close(fd);
-    if (got < 0) {
+    if (got < 0 || !end) {
         ha_secret_wipe(secret);
         return NULL;
     }

@@ -405,6 +405,18 @@ def test_member_with_a_pin_source_gets_its_own_pin(
     assert served == {"east", "west", "north"}
 
 
+def test_a_pin_source_that_is_empty_costs_no_try(
+    three: list[FakeToken], start: StartFactory, directory: Path
+) -> None:
+    (directory / "pin").write_text("\n1234")
+    app = start(three[0].member(pin_source=f"file:{directory}/pin"), three[1].member(), three[2].member())
+    app.login(PIN)
+    assert app.away() == {"east"}
+    assert tries(*three) == [0, 1, 1]
+    (lost,) = app.events("member.lost", "east")
+    assert "code=CKR_PIN_INVALID" in lost
+
+
 def test_member_with_a_pin_source_is_no_judge_of_the_application_s_pin(
     three: list[FakeToken], start: StartFactory, directory: Path
 ) -> None:

@@ -247,9 +247,12 @@ class Dialogue:
             return text.encode("utf-8", "surrogateescape")
         try:
             with Path(parse_file_uri(text)).open("rb") as file:
-                return file.readline(4096).rstrip(b"\r\n")
+                pin = file.readline(4096).rstrip(b"\r\n")
         except (OSError, UriError, ValueError) as error:
             raise NotDone(f"file with the PIN: {_reason(error)}") from None
+        if not pin:
+            raise NotDone("file with the PIN: its first line is empty")
+        return pin
 
     def new_pin(self, prompt: str) -> bytes:
         """A PIN that a person types twice; raises NotDone."""
