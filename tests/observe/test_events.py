@@ -198,7 +198,10 @@ def test_what_an_application_logs_is_followed(
             2,
             "'noon' is neither a time (2026-11-23T12:00, in UTC) nor an age (10m, 2h, 3d)",
         ),
-        (("--config", "/nowhere.toml"), 1, "/nowhere.toml: there is no such file"),
+        (("--config", "/nowhere.toml"), 1, "/nowhere.toml: No such file or directory: p11ha member add"),
+        (("--config", "/"), 1, "/: Is a directory"),
+        (("--config", "/dev/null"), 1, "/dev/null: not a regular file"),
+        (("--config", "/dev/null/x"), 1, "/dev/null/x: Not a directory"),
         ((), 1, "ha.log: No such file or directory"),
     ],
 )
@@ -206,6 +209,14 @@ def test_wrong_use_is_said(arguments: tuple[str, ...], status: int, says: str, m
     assert not made.log.exists()
     said = p11ha("events", *arguments, status=status, COLUMNS="200").stderr
     assert says in said
+
+
+def test_a_configuration_that_is_no_toml_is_said(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[[x")
+    said = p11ha("events", "--config", str(broken), status=1).stderr
+    assert said.startswith(f"{broken}:1: not valid TOML")
+    assert "syslog" not in said
 
 
 def test_names_that_nobody_knows_are_said(made: Group) -> None:

@@ -200,8 +200,7 @@ def _unknown(configuration: str, group: str, member: str) -> str:
 
 def _log_file(configuration: str) -> Path:
     """Where a configuration has its log, though it may be wrong otherwise."""
-    if not Path(configuration).is_file():
-        raise fail(f"{configuration}: there is no such file")
+    config.tables(config.read(configuration), configuration)  # raises ConfigError where it cannot be known
     target = parse_target(config.log_of(configuration)[0])
     if target == "syslog":
         raise fail(f"the HA log goes to syslog: journalctl -t {IDENT}, or grep {IDENT} in the system's log")
