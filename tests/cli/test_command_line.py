@@ -99,6 +99,15 @@ def test_an_option_without_its_value(path: tuple[str, ...]) -> None:
         assert each.opts[0] in misused(*path, *("x" for _ in arguments_of(path)), each.opts[0])
 
 
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_a_pin_where_its_file_is_asked_for(path: tuple[str, ...]) -> None:
+    if not any("--pin-source" in each.opts for each in ALL[path].params):
+        pytest.skip("takes none")
+    said = misused(*path, *("x" for _ in arguments_of(path)), "--pin-source", "987654")
+    assert "'--pin-source': expected file:/PATH" in said
+    assert "987654" not in said
+
+
 @pytest.mark.parametrize("path", GROUPS, ids=" ".join)
 def test_a_command_that_does_not_exist(path: tuple[str, ...]) -> None:
     names = list(ALL[path].commands)

@@ -19,6 +19,7 @@ from demo.members import SoftToken
 from pkcs11_ha import __version__
 from pkcs11_ha.cli import main
 from pkcs11_ha.cli.status import GroupStatus, MemberStatus, show
+from tests.cli.p11ha import good, refused
 from tests.conftest import ROOT, GroupFactory, ServerFactory, SoftTokenFactory
 
 P11HA = Path(sys.executable).parent / "p11ha"
@@ -119,6 +120,24 @@ def test_check_finds_a_pin_file_that_others_can_read(
     assert run("check").returncode == 1
     pin.chmod(0o600)
     assert run("check").returncode == 0
+
+
+@pytest.mark.usefixtures("module")
+def test_check_says_that_a_pin_was_not_tried(east: SoftToken, directory: Path, group: GroupFactory) -> None:
+    group(east.member())
+    pin = directory / "pin"
+    source = f"file:{pin}"
+    for why in ("No such file or directory", "no PIN: its first line is empty"):
+        checked = run("check", "--pin-source", source)
+        assert (checked.returncode, checked.stderr) == (1, "")
+        assert checked.stdout.splitlines()[-1] == f"--pin-source: {pin}: {why}"
+        pin.write_text("\n")
+    empty = refused("member", "test", "east", "--pin-source", source)
+    assert empty == f"east: {pin}: no PIN: its first line is empty"
+    pin.write_text("wrong")
+    said = good("check", "--pin-source", source).splitlines()
+    assert said[-1].startswith('--pin-source: not tried on any token, as no group has replication = "domain"')
+    assert "USER_PIN_COUNT_LOW" not in good("member", "test", "east")
 
 
 @pytest.mark.parametrize("command", ["status", "check"])

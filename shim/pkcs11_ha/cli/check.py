@@ -36,6 +36,7 @@ def findings(library: Library, pin_source: str = "") -> list[Finding]:
         *_twins(members),
         *_mechanisms(library),
         *_replication(library, pin_source),
+        *_pin(library, pin_source),
     ]
 
 
@@ -101,6 +102,23 @@ def _replication(library: Library, pin_source: str) -> list[Finding]:
         except operator.OperatorError as error:
             lines.append(Finding(slot.face.label, False, str(error)))
     return lines
+
+
+def _pin(library: Library, pin_source: str) -> list[Finding]:
+    """Whoever gives a PIN that nobody is asked with would else take it for a good one."""
+    slots = [slot for slot in library.core.slots.values() if slot.replication is not None]
+    if not pin_source or any(m.config.pin_source is None for slot in slots for m in slot.members):
+        return []
+    try:
+        with operator.pin(pin_source):
+            pass  # it can be read
+    except operator.OperatorError as error:
+        return [Finding("--pin-source", False, str(error))]
+    why = "each member has its own" if slots else 'no group has replication = "domain"'
+    text = (
+        f"not tried on any token, as {why}: p11ha member test MEMBER --pin-source {pin_source} tries it, once"
+    )
+    return [Finding("--pin-source", True, text)]
 
 
 def _domain(slot: VirtualSlot, replication: Replication) -> list[Finding]:

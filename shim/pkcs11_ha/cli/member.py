@@ -20,7 +20,7 @@ from pkcs11_ha.cli.document import render
 from pkcs11_ha.cli.edit import Draft, EditError, edited
 from pkcs11_ha.cli.group import home_of, member_of
 from pkcs11_ha.cli.operator import OperatorError
-from pkcs11_ha.cli.options import ConfigPath, DryRun, Json, MemberName, load, option, value
+from pkcs11_ha.cli.options import ConfigPath, DryRun, Json, MemberName, load, option, pin_file, value
 from pkcs11_ha.cli.run import one_line
 from pkcs11_ha.cli.tokens import ANY, Question, Token
 from pkcs11_ha.config import ConfigError
@@ -158,7 +158,13 @@ def add_member(
     env: _Env = None,
     init_args: _InitArgs = "",
     pin_source: Annotated[
-        str, typer.Option("--pin-source", metavar="file:/PATH", help=option("member", "pin_source").doc)
+        str,
+        typer.Option(
+            "--pin-source",
+            metavar="file:/PATH",
+            callback=pin_file,
+            help=option("member", "pin_source").doc,
+        ),
     ] = "",
     instance: Annotated[str, typer.Option(metavar="HOW", help=option("member", "instance").form.words)] = "",
     host: Annotated[str, typer.Option(metavar="WHERE", help=option("member", "host").form.words)] = "",
@@ -189,7 +195,12 @@ def try_member(
     name: MemberName,
     pin_source: Annotated[
         str,
-        typer.Option("--pin-source", metavar="file:/PATH", help="A file with the PIN: log in with it, once."),
+        typer.Option(
+            "--pin-source",
+            metavar="file:/PATH",
+            callback=pin_file,
+            help="A file with the PIN: log in with it, once.",
+        ),
     ] = "",
     path: ConfigPath = "",
     as_json: Json = False,

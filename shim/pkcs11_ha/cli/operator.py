@@ -18,7 +18,7 @@ from pkcs11_ha.runtime.login import Pin
 from pkcs11_ha.runtime.member import ConnectError, Member, MemberState
 from pkcs11_ha.runtime.replication import Replication
 from pkcs11_ha.runtime.slot import VirtualSlot
-from pkcs11_ha.uri import UriError, parse_file_uri
+from pkcs11_ha.uri import parse_pin_source
 
 
 class OperatorError(Exception):
@@ -63,14 +63,7 @@ def pin(source: str) -> Iterator[Any]:
 
     Without a terminal it is the first line of standard input.
     """
-    if source:
-        try:
-            path = parse_file_uri(source)
-        except UriError as error:
-            raise OperatorError(f"--pin-source: {error}") from None
-        secret = _read(path)
-    else:
-        secret = _ask()
+    secret = _read(parse_pin_source(source)) if source else _ask()
     try:
         yield secret
     finally:

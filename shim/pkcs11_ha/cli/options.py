@@ -12,6 +12,16 @@ import typer
 from pkcs11_ha import config
 from pkcs11_ha.cli import complete
 from pkcs11_ha.config import OPTIONS, Config, Form, Option
+from pkcs11_ha.uri import UriError, parse_pin_source
+
+
+def pin_file(text: str) -> str:
+    """The value of a --pin-source; raises BadParameter, which does not repeat what may be a PIN."""
+    try:
+        return text and parse_pin_source(text) and text
+    except UriError:
+        raise typer.BadParameter("expected file:/PATH, a file with the PIN in its first line") from None
+
 
 ConfigPath = Annotated[
     str,
@@ -22,6 +32,7 @@ PinSource = Annotated[
     typer.Option(
         "--pin-source",
         metavar="file:/PATH",
+        callback=pin_file,
         help="A file with the PIN; else it is asked for, or the first line of standard input.",
     ),
 ]
