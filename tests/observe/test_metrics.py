@@ -60,6 +60,7 @@ def test_what_processes_show_is_told() -> None:
     assert found["pkcs11_ha_member_processes", "west,away"] == 1
     assert found["pkcs11_ha_member_recovery_given_up", "west"] == 1
     assert found["pkcs11_ha_member_objects_owed", "west"] == 3
+    assert ("pkcs11_ha_member_objects_owed", "east") not in found  # nobody knows
     assert found["pkcs11_ha_member_calls_in_flight", "east"] == 2
     assert found["pkcs11_ha_calls_total", "east"] == 1280
     assert found["pkcs11_ha_failovers_total", "east"] == 4

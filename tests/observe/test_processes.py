@@ -105,12 +105,18 @@ def test_without_processes_a_new_one_is_asked(
 ) -> None:
     group(east.member())
     one = client()
-    assert "processes" in shown()["members"][0]
-    assert (
-        "processes" not in json.loads(p11ha("status", "--json", "--probe").stdout)["groups"][0]["members"][0]
-    )
+    running = json.loads(p11ha("status", "--json").stdout)
+    probed = json.loads(p11ha("status", "--json", "--probe").stdout)
     one.do("module.finalize()")
-    assert "processes" not in shown()["members"][0]
+    alone = json.loads(p11ha("status", "--json").stdout)
+    assert running["groups"][0]["members"][0]["processes"] != []
+    for other in (probed, alone):  # the same keys, empty where only a running process knows
+        assert other.keys() == running.keys()
+        assert other["groups"][0].keys() == running["groups"][0].keys()
+        assert other["groups"][0]["configuration"] == running["groups"][0]["configuration"]
+        (member,) = other["groups"][0]["members"]
+        assert member.keys() == running["groups"][0]["members"][0].keys()
+        assert (member["calls"], member["states"], member["processes"]) == (None, {}, [])
 
 
 def test_calls_are_counted_and_one_in_64_is_timed(

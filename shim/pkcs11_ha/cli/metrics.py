@@ -177,7 +177,7 @@ def _of_members(groups: Iterable[Group]) -> Iterator[Metric]:
         "member_objects_owed",
         "Objects that the member has yet to be given or to lose, for the process that knows of the most",
         _MEMBER,
-        [(key, max(v.member.owed or 0 for v in member.views)) for key, member in members.items()],
+        [(key, max(owed)) for key, member in members.items() if (owed := _owed(member))],
     )
     yield _gauge(
         "member_calls_in_flight",
@@ -185,6 +185,11 @@ def _of_members(groups: Iterable[Group]) -> Iterator[Metric]:
         _MEMBER,
         [(key, member.counters.in_flight) for key, member in members.items()],
     )
+
+
+def _owed(member: Member) -> list[int]:
+    """What each process says that knows of it."""
+    return [view.member.owed for view in member.views if view.member.owed is not None]
 
 
 def _has_given_up(view: segments.View) -> bool:

@@ -145,9 +145,34 @@ def _counted(counters: segments.Counters) -> dict[str, object]:
     }
 
 
-def as_json(groups: list[GroupStatus]) -> dict[str, object]:
-    """What --json prints."""
-    return {"groups": [asdict(group) for group in groups]}
+_OF_PROCESSES: dict[str, object] = {
+    "states": {},
+    "calls": None,
+    "in_flight": None,
+    "failovers": None,
+    "faults": {},
+    "latency": {},
+    "processes": [],
+}
+"""What only running processes know of a member."""
+
+
+def as_json(
+    groups: list[GroupStatus], configuration: str, skipped: Sequence[segments.Skipped]
+) -> dict[str, object]:
+    """What --json prints of a new process: the keys are those of running ones."""
+    return {
+        "groups": [
+            {
+                **asdict(group),
+                "configuration": configuration,
+                "members": [asdict(member) | _OF_PROCESSES for member in group.members],
+            }
+            for group in groups
+        ],
+        "processes": [],
+        "skipped": [str(each) for each in skipped],
+    }
 
 
 def show(groups: list[GroupStatus], console: Console) -> None:
