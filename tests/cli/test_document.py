@@ -59,6 +59,19 @@ def test_nothing_changes_by_itself() -> None:
     assert Document(TEXT).text == TEXT
 
 
+def test_ends_of_lines_stay() -> None:
+    document = Document(TEXT.replace("\n", "\r\n"))
+    document.set("ha", {"only": False})
+    document.add("member", {"name": "new", "module": "/new.so"})
+    document.remove("member", 0)
+    assert document.text.count("\n") == document.text.count("\r\n")
+    changed = Document(TEXT)
+    changed.set("ha", {"only": False})
+    changed.add("member", {"name": "new", "module": "/new.so"})
+    changed.remove("member", 0)
+    assert document.text.replace("\r\n", "\n") == changed.text
+
+
 def test_a_key_changes_in_its_line() -> None:
     document = Document(TEXT)
     document.set("ha", {"log": "off"})

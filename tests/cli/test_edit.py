@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -137,6 +138,10 @@ def test_a_missing_file_is_begun_where_the_library_looks(tmp_path: Path) -> None
     assert path_to_edit({"XDG_CONFIG_HOME": str(home)}) == f"{home}/pkcs11-ha/pkcs11-ha.toml"
     assert path_to_edit({}) == config.SYSTEM_PATH
 
+    wanted.parent.mkdir(parents=True)
+    wanted.touch()
+    assert f"changed {wanted}" in good("ha", "retry", "7", PKCS11_HA_CONF=str(wanted))
+    shutil.rmtree(wanted.parent.parent)
     assert f"created {wanted}" in good("ha", "retry", "7", PKCS11_HA_CONF=str(wanted))
     assert config.parse(wanted.read_text(), "x", complete=False).recovery.attempts == 7
     assert not Path(f"{wanted}~").exists()

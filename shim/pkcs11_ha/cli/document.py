@@ -42,12 +42,14 @@ class Document:
     """A valid document.  A change is made within one table, or adds or removes one; nothing else moves."""
 
     def __init__(self, text: str) -> None:
-        self._blocks = list(_split(text))
+        # A file of CRLF stays one; where ends are mixed, each stays as it is.
+        self._ends = "\r\n" if 0 < text.count("\n") == text.count("\r\n") else "\n"
+        self._blocks = list(_split(text.replace(self._ends, "\n")))
 
     @property
     def text(self) -> str:
         """As it is now."""
-        return "".join(block.text for block in self._blocks)
+        return "".join(block.text for block in self._blocks).replace("\n", self._ends)
 
     def has(self, section: str) -> bool:
         """Whether the section is written, as a table or otherwise."""

@@ -134,12 +134,23 @@ def _edit(path: str, target: Path, replace: Callable[[str], None] | None) -> Ite
     _must_load(settings, before, after)
     lines = [*_difference(path, before, after), *(f"note: {note}" for note in draft.notes)]
     if replace is None:
-        typer.echo("\n".join([*lines, "dry run: nothing was changed"]))
+        _show([*lines, "dry run: nothing was changed"])
         return
-    typer.echo("\n".join(lines))  # all of it first: who stops reading does not stop the edit
+    existed = target.exists()
+    _show(lines)  # all of it first: who stops reading does not stop the edit
     replace(after)
-    with suppress(BrokenPipeError):
-        typer.echo(f"changed {path}" if before else f"created {path}")
+    with suppress(OSError):
+        typer.echo(f"changed {path}" if existed else f"created {path}")
+
+
+def _show(lines: list[str]) -> None:
+    """Raises EditError where the output takes no more: that is no fault of the configuration."""
+    try:
+        typer.echo("\n".join(lines))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise EditError(f"standard output: {error.strerror}") from None
 
 
 def _read(path: str, target: Path) -> str:
