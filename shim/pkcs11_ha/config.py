@@ -730,7 +730,7 @@ def unusable(config: Config, text: str) -> Iterator[ConfigError]:
     for number, member in enumerate(config.members):
         module = None if member.host.startswith("unix:") else member.module  # that is the worker's to read
         for key, file in (("module", module), ("pin_source", member.pin_source)):
-            problem = file and _problem_with(file)
+            problem = file and problem_with(file)
             if problem:
                 yield source.error(("member", number, key), f"{file}: {problem}")
         if member.user is not None and (problem := _problem_with_user(member.user)):
@@ -777,7 +777,7 @@ def read(path: str, *, luna: bool | None = None) -> str:
         raise ConfigError(path, 1 + data.count(b"\n", 0, error.start), "", "not UTF-8") from None
 
 
-def _problem_with(path: str) -> str | None:
+def problem_with(path: str) -> str | None:
     """Why the file cannot be read, if so. It is not opened: that could wait (a FIFO) or use it up."""
     try:
         descriptor = os.open(path, os.O_PATH)

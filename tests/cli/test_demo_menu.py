@@ -244,7 +244,6 @@ INNER = """
 # What the group or its tokens do not have, and a slot in which nothing happens.
 REFUSED = {
     "64": "C_GenerateKey answers CKR_MECHANISM_INVALID",
-    "15": "C_WaitForSlotEvent answers CKR_NO_EVENT",
     "6": "C_InitToken answers CKR_FUNCTION_NOT_SUPPORTED",
 }
 
@@ -256,7 +255,7 @@ def test_every_number_on_a_group(directory: Path, soft_token: SoftTokenFactory, 
     (directory / "pin").chmod(0o600)
     (directory / "plain").write_bytes(os.urandom(5000))
     (directory / "inner").write_text(INNER)
-    (directory / "script").write_text(EVERY_NUMBER.format(directory=directory))
+    (directory / "script").write_text(EVERY_NUMBER.format(directory=directory), encoding="utf-8-sig")
     group(*(token.member() for token in tokens), replication="domain")
     source = f"--pin-source=file:{directory}/pin"
     init = [str(P11HA), "domain", "init", "prod", "--shares=none", source]
@@ -270,6 +269,7 @@ def test_every_number_on_a_group(directory: Path, soft_token: SoftTokenFactory, 
     assert (done.returncode, done.stderr) == (1, f"{len(REFUSED)} failed\n")
     assert (directory / "opened").read_bytes() == (directory / "plain").read_bytes()
     assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in done.stdout
+    assert "C_WaitForSlotEvent answers CKR_NO_EVENT: nothing has happened" in done.stdout
     assert "26 good, 0 wrong, 7 not tried" in done.stdout
     assert "  CKA_LABEL                  third" in done.stdout
     assert [number for number, _ in statuses((directory / "background").read_text())] == ["14", "10"]
@@ -340,7 +340,11 @@ def test_what_is_wrong_before_the_menu_begins_is_one_line(directory: Path) -> No
         refused = run(*wrong)
         assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
     refused = run(*BARE, "--script", f"{directory}/none")
-    assert (refused.returncode, refused.stderr) == (1, f"{directory}/none: no such file\n")
+    assert (refused.returncode, refused.stderr) == (1, f"{directory}/none: No such file or directory\n")
+    refused = run(*BARE, "--script", str(directory))
+    assert (refused.returncode, refused.stderr) == (1, f"{directory}: is a directory\n")
+    refused = run("--config", f"{directory}/none")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1), refused.stderr
 
 
 # ---- at a terminal

@@ -112,10 +112,10 @@ def _loading(env: Sequence[str], init_args: str) -> dict[str, object]:
 
 
 def _readable(path: str) -> str:
-    """The absolute path of a library; raises BadParameter where there is none."""
+    """The absolute path of a library; raises OperatorError where there is none."""
     absolute = Path(path).absolute()
     if not absolute.is_file():
-        raise typer.BadParameter(f"{path!r}: no such file", param_hint="MODULE")
+        raise OperatorError(f"{path}: {config.problem_with(str(absolute)) or 'not a regular file'}")
     return str(absolute)
 
 

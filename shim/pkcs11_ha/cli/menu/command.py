@@ -19,7 +19,7 @@ from pkcs11_ha.cli.menu.desk import Options
 from pkcs11_ha.cli.menu.dialogue import Dialogue, NotDone, Script, Source, Terminal, numbered, script_of
 from pkcs11_ha.cli.menu.loop import Menu
 from pkcs11_ha.cli.options import given
-from pkcs11_ha.config import Form
+from pkcs11_ha.config import Form, find_path, load
 
 
 def _slot(given: object) -> object:
@@ -61,12 +61,16 @@ def demo_menu(
     slot = given(_SLOT, number, "--slot") if number else None
     if config:
         os.environ["PKCS11_HA_CONF"] = config
-    for stream in (sys.stdin, sys.stdout):
-        # Whatever is typed, or called so on a token, can be shown.
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    # Whatever is typed, or called so on a token, can be shown; a byte order mark is nothing that was typed.
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+        stream.reconfigure(encoding=encoding, errors="surrogateescape")  # type: ignore[union-attr]
     failed = 0
     try:
         source = _source(script)
+        if path is None:
+            load(
+                find_path(os.environ)
+            )  # the module would say what is wrong with it, and C_Initialize that something is
         with _initialised(path or module.path(), init_args) as client:
             options = Options(slot=slot, keep_going=keep_going)
             menu = Menu(client, Dialogue(source), options, _again(client.path, slot, init_args))

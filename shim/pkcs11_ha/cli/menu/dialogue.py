@@ -13,6 +13,7 @@ from typing import Protocol, TextIO, TypeVar
 
 from pkcs11_ha.cli.menu.attributes import ValueForm, boolean
 from pkcs11_ha.cli.terminal import put_back
+from pkcs11_ha.config import problem_with
 from pkcs11_ha.uri import UriError, parse_file_uri
 
 Answer = TypeVar("Answer")
@@ -167,9 +168,10 @@ def is_answer(line: str) -> bool:
 def numbered(path: Path) -> list[tuple[int, str]]:
     """The lines of a script file; raises NotDone."""
     try:
-        if not path.is_file():
-            raise NotDone(f"{path}: no such file")
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if problem := _problem_with(path):
+            raise NotDone(f"{path}: {problem}")
+        # Editors of some systems begin a file with a byte order mark.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except (OSError, ValueError) as error:
         raise NotDone(f"{path}: {_reason(error)}") from None
     return list(enumerate(text.splitlines(), 1))
@@ -266,11 +268,16 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def _problem_with(path: Path) -> str:
+    """Why it is no file to be read as a whole; "" if it is one."""
+    return problem_with(str(path)) or ("" if path.is_file() else "not a regular file")
+
+
 def read_file(path: Path, most: int = 1 << 28) -> bytes:
     """A file as data; raises ValueForm."""
     try:
-        if not path.is_file():
-            raise ValueForm(f"{path}: no such file")
+        if problem := _problem_with(path):
+            raise ValueForm(f"{path}: {problem}")
         if path.stat().st_size > most:
             raise ValueForm(f"{path}: more than {most >> 20} MiB")
         return path.read_bytes()

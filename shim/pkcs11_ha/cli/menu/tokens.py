@@ -191,8 +191,11 @@ def wait_for_event(desk: Desk) -> None:
         try:
             slot = desk.client.slot_event()
         except CallError as error:
-            if error.rv != ck.CKR_NO_EVENT or time.monotonic() >= deadline:
+            if error.rv != ck.CKR_NO_EVENT:
                 raise
+            if time.monotonic() >= deadline:
+                desk.say(f"{error}: nothing has happened")
+                return
             time.sleep(_WAIT_STEP_S)
         else:
             desk.say(f"Something has happened in slot {slot}")
