@@ -267,6 +267,9 @@ def test_good_facts_have_no_finding() -> None:
     assert examine(GOOD) == []
 
 
+BEHIND_ROOT: tuple[Place, ...] = (Place("/root/python", None), Place("/root", File(0, 0, 0o40700)))
+
+
 @pytest.mark.parametrize(
     ("facts", "level", "text"),
     [
@@ -274,6 +277,11 @@ def test_good_facts_have_no_finding() -> None:
         (built(problem="no ELF"), WRONG, "/lib/ha.so cannot be loaded: no ELF"),
         (built(stamp="1+b"), WRONG, "/lib/ha.so is of version 1+b, this command of 1+a"),
         (built(python="3.12"), WRONG, "/lib/ha.so was built for Python 3.12, this command runs 3.11"),
+        (
+            replace(built(stdlib="/root/python"), places={**GOOD.places, "/root/python": BEHIND_ROOT}),
+            WRONG,
+            "app cannot enter /root, where the Python of /lib/ha.so is: /root/python",
+        ),
         (
             replace(GOOD, preloaded=("/old/ha.so",)),
             WRONG,

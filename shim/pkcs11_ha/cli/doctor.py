@@ -73,8 +73,15 @@ def _build(facts: Facts) -> Iterator[Finding]:
         text = f"{build.path} was built for Python {build.python or '?'}, this command runs {facts.python}"
         yield Finding(WRONG, about, text, "use the p11ha that was installed with it")
     if build.stdlib and _at(facts, build.stdlib) is None:
-        text = f"the Python that {build.path} was built for is gone: {build.stdlib}"
-        yield Finding(WRONG, about, text, "install that Python again, or build anew for another")
+        barrier = _barrier(facts, build.stdlib)
+        if barrier:
+            text = f"{facts.user.name} cannot enter {barrier}, where the Python of {build.path} is: {build.stdlib}"
+            yield Finding(
+                WRONG, about, text, "let applications in there, or build for a Python that all can read"
+            )
+        else:
+            text = f"the Python that {build.path} was built for is gone: {build.stdlib}"
+            yield Finding(WRONG, about, text, "install that Python again, or build anew for another")
     hosts = {member.host for member in facts.settings.members} if facts.settings else set()
     if "worker" in hosts and _at(facts, build.worker) is None:
         text = f'a member has host = "worker", and there is no {build.worker}'
