@@ -96,7 +96,9 @@ def test_an_argument_too_few(path: tuple[str, ...]) -> None:
 def test_an_option_without_its_value(path: tuple[str, ...]) -> None:
     options = [each for each in ALL[path].params if each.param_type_name == "option"]
     for each in (option for option in options if not option.is_flag):
-        assert each.opts[0] in misused(*path, *("x" for _ in arguments_of(path)), each.opts[0])
+        said = misused(*path, *("x" for _ in arguments_of(path)), each.opts[0])
+        assert each.opts[0] in said
+        assert f"type p11ha {' '.join(path)} [OPTIONS]" in said
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=" ".join)
@@ -305,10 +307,10 @@ def test_letters_that_the_output_does_not_have_are_escaped(tmp_path: Path) -> No
     assert "prod \\xe9" in done.stdout
 
 
-def test_a_full_disk_is_a_line() -> None:
+@pytest.mark.parametrize("line", [("ha", "show"), ("ha", "retry", "77", "--dry-run")])
+def test_a_full_disk_is_a_line(line: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [P11HA, "ha", "show"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run([P11HA, *line], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert "pkcs11-ha.toml" not in done.stderr
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "No space left on device" in done.stderr

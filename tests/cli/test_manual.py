@@ -118,6 +118,9 @@ def test_bash_completes_commands_and_names(east: SoftToken, group: GroupFactory)
     assert complete("bash", "doc") == ["doctor"]
     assert complete("bash", "domain", "admit", "e") == ["east"]
     assert complete("bash", "explain", "CKR_PIN_L") == ["CKR_PIN_LEN_RANGE", "CKR_PIN_LOCKED"]
+    for line in (("drain",), ("enable",), ("recover", "prod")):
+        assert complete("bash", *line, "") == ["east"]
+    assert complete("bash", "events", "pr") == ["prod"]
     other = conf.with_name("other.toml")
     other.write_text(conf.read_text().replace("prod", "test") + "[wrong]\n")
     assert complete("bash", "sync", "--config", str(other), "") == ["test"]

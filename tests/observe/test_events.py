@@ -193,6 +193,7 @@ def test_what_an_application_logs_is_followed(
     ("arguments", "status", "says"),
     [
         (("--event", "member.loss"), 2, "there is no event 'member.loss': type member.lost"),
+        (("--event", "nonsense"), 2, "there is no event 'nonsense': type one of docs/log.md, or member.*"),
         (
             ("--since", "noon"),
             2,

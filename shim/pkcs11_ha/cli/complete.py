@@ -30,6 +30,11 @@ def codes_and_events(incomplete: str) -> list[str]:
     return [name for name in (*ck.RV_NAMES.values(), *EVENTS) if name.startswith(incomplete)]
 
 
+def events(incomplete: str) -> list[str]:
+    """What `p11ha events --event` takes."""
+    return [name for name in EVENTS if name.startswith(incomplete)]
+
+
 def _names(context: typer.Context, section: str, key: str, incomplete: str) -> list[str]:
     """Of the file that --config names, else of that which the library uses, also while it has other mistakes."""
     path = context.params.get("path") or config.find_path(os.environ)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from pkcs11_ha import config
-from pkcs11_ha.cli import screen, segments
+from pkcs11_ha.cli import complete, screen, segments
 from pkcs11_ha.cli import status as statuses
 from pkcs11_ha.cli.options import ConfigPath, Json, given, load
 from pkcs11_ha.core.reload import names_of
@@ -76,15 +76,13 @@ def _status_of_a_new_process(path: str, as_json: bool, skipped: tuple[segments.S
     if path:
         os.environ["PKCS11_HA_CONF"] = path
     try:
-        config.load(config.find_path(os.environ))
+        settings = config.load(config.find_path(os.environ))
         with module.initialised() as library:
             groups = statuses.read(library)
     except (config.ConfigError, module.ModuleError) as error:
         raise fail(str(error)) from None
     if as_json:
-        typer.echo(
-            json.dumps({**statuses.as_json(groups), "skipped": [str(each) for each in skipped]}, indent=2)
-        )
+        typer.echo(json.dumps(statuses.as_json(groups, settings.path, skipped), indent=2))
     else:
         statuses.show(groups, Console())
         _say(skipped)
@@ -140,11 +138,25 @@ def metrics(
 
 @app.command()
 def events(
-    group: Annotated[str, typer.Argument(metavar="[GROUP]", help="Only of this group.")] = "",
+    group: Annotated[
+        str,
+        typer.Argument(metavar="[GROUP]", help="Only of this group.", autocompletion=complete.groups),
+    ] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added.")] = False,
-    member: Annotated[str, typer.Option("--member", metavar="NAME", help="Only of this member.")] = "",
+    member: Annotated[
+        str,
+        typer.Option(
+            "--member", metavar="NAME", help="Only of this member.", autocompletion=complete.members
+        ),
+    ] = "",
     event: Annotated[
-        str, typer.Option("--event", metavar="NAME", help="Only this one; member.* for all such.")
+        str,
+        typer.Option(
+            "--event",
+            metavar="NAME",
+            help="Only this one; member.* for all such.",
+            autocompletion=complete.events,
+        ),
     ] = "",
     since: Annotated[
         str, typer.Option("--since", metavar="WHEN", help="From 10m, 2h, 3d ago, or a time in UTC.")
@@ -156,9 +168,10 @@ def events(
     from pkcs11_ha.cli import events as logged
 
     if event and not any(fnmatchcase(name, event) for name in EVENTS):
-        like = get_close_matches(event, EVENTS, 3, 0.4) or ["member.lost"]
+        like = " or ".join(get_close_matches(event, EVENTS, 3))
         raise typer.BadParameter(
-            f"there is no event {event!r}: type {' or '.join(like)}", param_hint="--event"
+            f"there is no event {event!r}: type {like or 'one of docs/log.md, or member.* for all such'}",
+            param_hint="--event",
         )
     try:
         begin = logged.since(since, datetime.now(UTC)) if since else None

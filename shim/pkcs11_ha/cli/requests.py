@@ -12,7 +12,8 @@ from typing import Annotated, TypeVar
 import typer
 
 from pkcs11_ha import config
-from pkcs11_ha.cli import module
+from pkcs11_ha.cli import complete, module
+from pkcs11_ha.cli.options import ConfigPath, Group, Json, MemberName
 from pkcs11_ha.cli.segments import read_all
 from pkcs11_ha.config import Config, GroupConfig
 from pkcs11_ha.core.reload import names_of
@@ -20,21 +21,17 @@ from pkcs11_ha.runtime import requests
 
 T = TypeVar("T")
 
-_Config = Annotated[
-    str,
-    typer.Option("--config", metavar="FILE", help="The configuration; else where the library looks for it."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_Member = Annotated[str, typer.Argument(metavar="MEMBER", help="A member's name.")]
-
 
 def recover(
-    group: Annotated[str, typer.Argument(metavar="GROUP", help="The group's label.")],
+    group: Group,
     member: Annotated[
-        str, typer.Argument(metavar="[MEMBER]", help="One member alone; else all of them.")
+        str,
+        typer.Argument(
+            metavar="[MEMBER]", help="One member alone; else all of them.", autocompletion=complete.members
+        ),
     ] = "",
-    path: _Config = "",
-    as_json: _Json = False,
+    path: ConfigPath = "",
+    as_json: Json = False,
 ) -> None:
     """Have running applications try lost members at once, and give them all their attempts again."""
     settings = _settings(path)
@@ -75,10 +72,10 @@ def recover(
 
 
 def drain(
-    member: _Member,
+    member: MemberName,
     force: Annotated[bool, typer.Option("--force", help="Also the last that serves.")] = False,
-    path: _Config = "",
-    as_json: _Json = False,
+    path: ConfigPath = "",
+    as_json: Json = False,
 ) -> None:
     """Let a member take no new work, for maintenance, until it is enabled again."""
     settings = _settings(path)
@@ -92,7 +89,7 @@ def drain(
     )
 
 
-def enable(member: _Member, path: _Config = "", as_json: _Json = False) -> None:
+def enable(member: MemberName, path: ConfigPath = "", as_json: Json = False) -> None:
     """Let a drained member take work again."""
     group = _group_of(_settings(path), member)
     where = directory()

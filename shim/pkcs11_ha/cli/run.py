@@ -103,16 +103,32 @@ def _is_text(word: str) -> bool:
 def _strict(app: typer.Typer) -> Any:
     """The commands, all of which refuse an empty value."""
     command = get_command(app)
-    for parameter in _parameters(command):
-        _refuse_empty(parameter)
+    for each in _commands(command):
+        _tell_whose(each)
+        for parameter in each.params:
+            _refuse_empty(parameter)
     return command
 
 
-def _parameters(command: Any) -> Iterator[Any]:
-    """Of the command, and of all below it."""
-    yield from command.params
+def _commands(command: Any) -> Iterator[Any]:
+    """The command, and all below it."""
+    yield command
     for each in getattr(command, "commands", {}).values():
-        yield from _parameters(each)
+        yield from _commands(each)
+
+
+def _tell_whose(command: Any) -> None:
+    """Of an option without its value click does not say which command it was given to."""
+    parse_args = command.parse_args
+
+    def parsed(context: Any, words: list[str]) -> Any:
+        try:
+            return parse_args(context, words)
+        except _UsageError as error:
+            error.ctx = error.ctx or context
+            raise
+
+    command.parse_args = parsed
 
 
 def _refuse_empty(parameter: Any) -> None:
