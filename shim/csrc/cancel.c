@@ -25,6 +25,7 @@ static bool is_over(CK_RV rv)
     switch (rv) {
     case CKR_BUFFER_TOO_SMALL:
     case CKR_DEVICE_ERROR:
+    case CKR_DEVICE_REMOVED:
     case CKR_GENERAL_ERROR:
     case CKR_FUNCTION_FAILED: return false;
     default: return true;

@@ -27,14 +27,17 @@ static bool reserve(struct handles *list, size_t more)
     return true;
 }
 
-/* Then it shows the public objects alone, with CKR_OK: nobody could tell that from a key that is not there. */
-static bool has_forgotten_the_login(const ha_call *call)
+/* A member that has forgotten the login shows the public objects alone, with CKR_OK: nobody could tell that from a key
+ * that is not there. */
+static CK_RV keeps_the_login(const ha_call *call)
 {
     CK_SESSION_INFO info;
     CK_C_GetSessionInfo ask = (CK_C_GetSessionInfo)call->target->functions[FN_C_GetSessionInfo];
-    if (atomic_load(&call->slot->login) == CK_UNAVAILABLE_INFORMATION || !ask) return false;
-    if (ask(call->member_session, &info) != CKR_OK) return false;
-    return info.state == CKS_RO_PUBLIC_SESSION || info.state == CKS_RW_PUBLIC_SESSION;
+    if (atomic_load(&call->slot->login) == CK_UNAVAILABLE_INFORMATION || !ask) return CKR_OK;
+    CK_RV rv = ask(call->member_session, &info);
+    if (rv != CKR_OK) return rv == CKR_DEVICE_REMOVED ? rv : CKR_OK;
+    bool is_public = info.state == CKS_RO_PUBLIC_SESSION || info.state == CKS_RW_PUBLIC_SESSION;
+    return is_public ? CKR_USER_NOT_LOGGED_IN : CKR_OK;
 }
 
 /* All that one member finds, by its handles. */
@@ -57,8 +60,8 @@ static CK_RV find_on_member(ha_call *call, CK_ATTRIBUTE *template, CK_ULONG coun
         if (rv == CKR_OK) found->count += got;
     } while (rv == CKR_OK && got);
     CK_RV ended = final(call->member_session);
-    if (rv == CKR_OK && ended == CKR_OK && has_forgotten_the_login(call)) return CKR_USER_NOT_LOGGED_IN;
-    return rv != CKR_OK ? rv : ended;
+    if (rv == CKR_OK) rv = ended;
+    return rv == CKR_OK ? keeps_the_login(call) : rv;
 }
 
 static int by_handle(const void *a, const void *b)

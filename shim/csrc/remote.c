@@ -7,7 +7,8 @@
  * connected anew.  What the worker says is measured before it is used.
  *
  * Or there is no worker, and the threads are ours (hand.c).  Then what goes wrong ends its own channel alone, unless the
- * library takes one call at a time: with one left behind in it, those that wait for their turn are told at once.
+ * library takes one call at a time: with one left behind in it, those that wait for their turn are told at once.  The
+ * call answers CKR_DEVICE_REMOVED: no later one would show that a member is lost whose library is well but for this.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -613,7 +614,10 @@ bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadl
 {
     *x = (struct ha_exchange){.remote = remote, .row = row, .rv = CKR_DEVICE_ERROR};
     x->channel = channel_take(&remotes[remote], deadline, &x->until);
-    if (!x->channel) return false;
+    if (!x->channel) {
+        if (x->until && ha_monotonic_ns() >= x->until) x->rv = CKR_DEVICE_REMOVED; /* no thread of ours came free */
+        return false;
+    }
     x->message = &x->channel->message;
     x->expected = sizeof(CK_ULONG); /* the return value */
     ha_message_begin(x->message, row, ++x->channel->turn);
@@ -956,7 +960,7 @@ CK_RV ha_asked(struct ha_exchange *x)
 {
     if (!x->channel) return x->rv;
     bool broken = !x->refused && !ha_message_is_read(x->message);
-    if (broken) x->rv = CKR_DEVICE_ERROR;
+    if (broken) x->rv = x->channel->hand ? CKR_DEVICE_REMOVED : CKR_DEVICE_ERROR;
     channel_give(&remotes[x->remote], x->channel, broken);
     return x->rv;
 }

@@ -406,7 +406,7 @@ OPTIONS = (
         f" {Timeouts.generation} }}`. A number N is that of cryptography: information has N or"
         f' {Timeouts.information}, whichever is less, generation {_GENERATION_FACTOR} N. With `host = "process"`'
         " none if none is said; with one, threads of this library make the calls, a late one stays behind in the"
-        " vendor's, and what a worker refuses is refused.",
+        " vendor's, its member is lost (CKR_DEVICE_REMOVED), and what a worker refuses is refused.",
     ),
     Option(
         "member",

@@ -13,7 +13,7 @@ import pytest
 from demo.members import SoftToken, Table
 from pkcs11_ha.runtime.library import HandedInstance
 from tests import p11
-from tests.fake import PIN, FakeToken, signing_key
+from tests.fake import PIN, FakeToken, secret_key, signing_key
 from tests.ha import operations
 from tests.ha.app import FAR, SOON, Application, code, stopped, until, working_until
 from tests.ha.conftest import FakeFactory, Pair, StartFactory
@@ -69,6 +69,36 @@ def test_late_call_is_done_elsewhere_and_its_member_returns_when_it_has(
         working_until(random(session), lambda: app.events("member.recovered", "east"), "it is back")
         assert east.calls("C_Finalize") == finalised
     until(lambda: left_behind(app, "east") == 0, "the late call has come back")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("C_Login", "C_FindObjectsInit", "C_GetSessionInfo", "C_GetAttributeValue", "C_SignInit", "C_Sign"),
+        *("C_SetAttributeValue", "C_DestroyObject"),
+    ],
+)
+def test_member_that_hangs_in_one_function_alone_is_lost_at_once(
+    function: str, fake: FakeFactory, start: StartFactory
+) -> None:
+    """Though it answers a probe, and whoever made the call: the application, or the core for a proof or a login."""
+    east, west = fake("east", secret_key()), fake("west", secret_key())
+    app = start(*limited(east, west), recovery=FAR, balance="primary-first")
+    with east[function].holding():
+        began = time.monotonic()
+        session = app.login(PIN)
+        for _ in range(2):
+            key = session.find_one({p11.CKA_LABEL: "secret"})
+            session.sign(p11.CKM_SHA256_HMAC, key, b"data")
+        session.set(key, {p11.CKA_ID: b"new"})
+        session.destroy(key)
+        assert LIMIT_S <= time.monotonic() - began < LIMIT_S + 2
+        assert (len(app.events("member.lost", "east")), app.away()) == (1, {"east"})
+        assert left_behind(app, "east") == 1
+    assert west.shared.pin_tries == 1
+    assert west.labels() == []
+    until(lambda: left_behind(app, "east") == 0, "the late call has come back")
+    assert east.shared.pin_tries == 1
 
 
 def test_with_somebody_inside_nothing_is_finalised_nor_started(fakes: Fakes, start: StartFactory) -> None:

@@ -80,6 +80,7 @@ def _answer(call: Any, _slot: VirtualSlot, _member: Member) -> int:
 
 def _lose_and_move(call: Any, _slot: VirtualSlot, member: Member) -> int:
     _lose(call, member)
+    call.rv = ck.CKR_DEVICE_ERROR  # should nobody be left who can
     call.tried |= 1 << call.member
     return _again(call)
 

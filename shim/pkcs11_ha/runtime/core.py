@@ -61,7 +61,7 @@ class Core:
         )  # before the members, who count in it
         self.state_dir = state_dir
         known = identity_file.remembered(state_dir)
-        self.members = {c.name: Member(c, clock(), identity_file.seen(c, known)) for c in configs}
+        self.members = {c.name: Member(c, clock(), self.lose, identity_file.seen(c, known)) for c in configs}
         self.former: dict[str, Member] = {}  # those that have left, or are about to
         self.leaving: list[threading.Thread] = []
         self.slots: dict[int, VirtualSlot] = {}
@@ -452,7 +452,7 @@ class Core:
         with self.lock:
             member = self.members.get(wanted.name) or self.former.get(wanted.name)
             if member is None:
-                member = Member(wanted, self.clock(), seen)
+                member = Member(wanted, self.clock(), self.lose, seen)
             elif member.connecting or any(other.is_group for other in self.slots_of(member)):
                 return None, "it has not quite left its place of before"
             is_new = member.config != wanted

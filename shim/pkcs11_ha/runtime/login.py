@@ -10,7 +10,7 @@ from pkcs11_ha import ck
 from pkcs11_ha.core.codes import PIN_REFUSED, Code
 from pkcs11_ha.log import Event
 from pkcs11_ha.runtime import native
-from pkcs11_ha.runtime.member import ConnectError, Member, MemberState, PinRefused
+from pkcs11_ha.runtime.member import ConnectError, Lose, Member, MemberState, PinRefused
 from pkcs11_ha.runtime.native import CkError
 from pkcs11_ha.runtime.slot import NOBODY, VirtualSlot
 
@@ -25,7 +25,6 @@ _COUNTED = {
 }
 _NOT_LOOKED_AT = (Code.DEAD, Code.SESSION, Code.LIBRARY)
 
-Lose = Callable[[Member, int, str, int], None]
 InTime = Callable[[Callable[[], None]], bool]
 
 

@@ -81,12 +81,18 @@ def keep_to(epochs: Mapping[str, int] | None) -> None:
     _lives.known = {} if epochs is None else epochs
 
 
+Lose = Callable[["Member", int, str, int], None]  # for this answer of this function in this epoch
+
+
 class Member:
     """One token.  `state` and `outage` are written by `Core` alone, under its lock."""
 
-    def __init__(self, config: MemberConfig, now_ns: int, seen: str = "") -> None:
-        """`seen` is the serial number that its token had when it was last there."""
+    def __init__(self, config: MemberConfig, now_ns: int, gone: Lose, seen: str = "") -> None:
+        """`gone` is told of a call of the core's own that found the token gone, or did not come back in its time,
+        whoever would make something of its answer.  `seen` is the serial number that its token had when it was last
+        there."""
         self.name = config.name
+        self.gone = gone
         self.native = native.lib.ha_member_new()
         self.state = MemberState.AWAY
         self.drained = False  # by an operator: it takes no new work, and is not tried again
@@ -156,9 +162,12 @@ class Member:
             native.lib.ha_member_leave(self.native, guard)
             return ck.CKR_DEVICE_REMOVED
         try:
-            return int(native.ffi.cast(f"CK_{name}", function)(*arguments))
+            rv = int(native.ffi.cast(f"CK_{name}", function)(*arguments))
         finally:
             native.lib.ha_member_leave(self.native, guard)
+        if rv == ck.CKR_DEVICE_REMOVED:
+            self.gone(self, rv, name, epoch)
+        return rv
 
     @contextmanager
     def one_life(self) -> Iterator[None]:
