@@ -301,6 +301,18 @@ def test_keys_that_a_session_makes_can_be_used_together(app: Application) -> Non
             assert len(session.wrap(p11.CKM_AES_KEY_WRAP, one, other)) == 40
 
 
+def test_session_key_is_destroyed_by_nothing_but_that(fake: FakeFactory, start: StartFactory) -> None:
+    """Whoever is to destroy it need not be able to use it, and nothing of it is asked for before."""
+    tokens = fake("east"), fake("west")
+    session = start(*(token.member() for token in tokens)).login(PIN)
+    key = session.create(dict(fakes.secret_key()) | {p11.CKA_TOKEN: False})
+    for token in tokens:
+        for name in ("C_GetAttributeValue", "C_SignInit", "C_Sign"):
+            token[name].answers(p11.CKR_DEVICE_MEMORY)
+    session.destroy(key)
+    assert code(lambda: session.destroy(key)) == "CKR_OBJECT_HANDLE_INVALID"
+
+
 def test_session_object_is_in_no_store(app: Application, tokens: tuple[SoftToken, SoftToken]) -> None:
     session = app.login("123456")
     session.create(NOTE | {p11.CKA_TOKEN: False})

@@ -645,12 +645,13 @@ class ObjectMap:
         return alone and self._plan(known, index, handle, index, handle) is None
 
     def _witness(self, known: VirtualObject, index: int) -> None:
-        """What a key shows before its first use, to be recognised by when its only member was away."""
+        """What a key of the token shows before its first use, to be recognised by when its only member was away."""
         binding = known.at.get(index)
-        if known.evidence is not None or binding is None or not self._is_current(index, binding):
+        if not known.identity.token or known.evidence is not None or not self._is_current(index, binding):
             return
         if known.identity.fingerprint is not None and not known.identity.borrowed:
             return
+        assert binding
         proof = self._plan(known, index, binding.handle, index, binding.handle)
         if proof is not None:
             known.proof, known.evidence = proof, self._run(proof, index, binding.handle)
