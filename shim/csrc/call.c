@@ -304,7 +304,7 @@ static RARE void forget_half_taken(ha_call *call)
     bool there = session->active && session->member == m && session->at[m].epoch == call->epoch;
     if (!there || ha_rows[call->row].phase <= HA_PHASE_INIT || !ha_session_may_move(session)) return;
     if (!(session->owns >> m & 1))
-        ha_session_drop(session, m);
+        ha_call_leave(call, m);
     else if (!(call->tried >> m & 1))
         ha_session_renew(session, m);
 }
@@ -316,9 +316,22 @@ void ha_call_judge(ha_call *call)
     if (call->rv == CKR_OK || (call->rv < HA_CODES && clean[call->rv])) {
         call->finished = 1;
         if (call->answered) ha_core.settled(call);
-    } else if (ask_core(call, ha_core.decide)) {
-        forget_half_taken(call);
+        return;
     }
+    ha_remote_explain(call);
+    if (ask_core(call, ha_core.decide)) forget_half_taken(call);
+}
+
+/* After the answer to a call that the data plane has made for itself, to end something: a dead answer loses a member as
+ * any other does.  False: it is lost, and what was to be ended has ended. */
+bool ha_call_survived(ha_call *call)
+{
+    const uint8_t *clean = atomic_load_explicit(&call->target->clean, memory_order_relaxed);
+    if (call->rv >= HA_CODES || !clean[call->rv]) {
+        ha_remote_explain(call);
+        ha_core.failed(call);
+    }
+    return atomic_load(&call->target->epoch) == call->epoch;
 }
 
 /* A member would not repeat what another has done: it is passed over, unless its answer says more than that. */
@@ -335,7 +348,8 @@ void ha_call_refused(ha_call *call)
 void ha_operations_lost(ha_call *call)
 {
     ha_session *session = call->session;
-    int m = call->member = session->member;
+    int m = session->member >= 0 ? session->member : call->member;
+    call->member = m;
     if (m >= 0 && !(session->owns >> m & 1)) ha_session_drop(session, m);
     ha_session_end_operations(session, session->active);
     ha_core.operation_lost(call);

@@ -32,26 +32,34 @@ static bool is_over(CK_RV rv)
     }
 }
 
+/* The call's answer is that of the last. */
 static bool finish_each(ha_call *call, uint32_t ops)
 {
-    bool over = true;
     unsigned char *out = malloc(OUTPUT_ROOM);
-    for (; out && ops; ops &= ops - 1) over &= is_over(ha_finish(call, (unsigned)__builtin_ctz(ops), out, OUTPUT_ROOM));
+    bool over = out;
+    for (; over && ops; ops &= ops - 1) {
+        call->rv = ha_finish(call, (unsigned)__builtin_ctz(ops), out, OUTPUT_ROOM);
+        over = is_over(call->rv);
+    }
     if (out) explicit_bzero(out, OUTPUT_ROOM);
     free(out);
-    return over && out;
+    return over;
 }
 
 /* Ends what may be under way in the session's counterpart on a member.  False: it may be still. */
 static bool end_on_member(ha_session *session, int m, uint32_t ops)
 {
     ha_member *member = session->slot->member[m];
-    ha_call call = {.row = FN_C_SessionCancel, .member_session = session->at[m].handle, .target = member};
-    if (!ha_enter(member, session->at[m].epoch, &call)) return true; /* it died with its member */
+    ha_call call = {.row = FN_C_SessionCancel, .slot = session->slot, .target = member, .member = m};
+    call.member_session = session->at[m].handle;
+    call.epoch = session->at[m].epoch;
+    if (!ha_enter(member, call.epoch, &call)) return true; /* it died with its member */
     CK_C_SessionCancel end = (CK_C_SessionCancel)member->functions[FN_C_SessionCancel];
-    bool over = (end && end(call.member_session, flags_of(ops)) == CKR_OK) || finish_each(&call, ops);
+    call.rv = end ? end(call.member_session, flags_of(ops)) : CKR_FUNCTION_NOT_SUPPORTED;
+    if (call.rv != CKR_OK) ha_remote_explain(&call);
+    bool over = call.rv == CKR_OK || (!call.late && finish_each(&call, ops));
     ha_leave(member, &call);
-    return over;
+    return !ha_call_survived(&call) || over;
 }
 
 static bool has_objects(const ha_session *session, int m)
@@ -63,6 +71,17 @@ static bool has_objects(const ha_session *session, int m)
 void ha_session_leave(ha_session *session, int m, uint32_t ops)
 {
     if (!has_objects(session, m) || !end_on_member(session, m, ops)) ha_session_drop(session, m);
+}
+
+/* As a call goes elsewhere.  Who has kept it waiting is not asked for more: what is left there ends with that life, or when
+ * it stands in the way. */
+void ha_call_leave(ha_call *call, int m)
+{
+    ha_session *session = call->session;
+    if (!(call->late >> m & 1))
+        ha_session_leave(session, m, session->active);
+    else if (!(session->owns >> m & 1))
+        session->at[m].epoch = 0;
 }
 
 /* Its counterpart on a member has something under way that it should not have, or the other way round: what the

@@ -41,6 +41,7 @@ typedef struct ha_call {
     unsigned epoch;                    /* of that member when it was chosen */
     unsigned tried;                    /* members that this call shall not use again */
     unsigned suspects;                 /* members whose failure a success elsewhere would prove */
+    unsigned late;                     /* members that have kept it waiting for longer than they may */
     unsigned answered;                 /* members that gave an answer which others may better */
     unsigned repairs;                  /* repairs made for this call (sessions, logins, handles), bit by class */
     unsigned objects;                  /* how many of `object` are used */

@@ -257,7 +257,7 @@ static inline void ha_call_init(ha_call *call, unsigned row)
     call->rv = call->first_rv = CKR_OK;
     call->row = row;
     call->member = -1;
-    call->tried = call->suspects = call->answered = call->repairs = call->objects = 0;
+    call->tried = call->suspects = call->late = call->answered = call->repairs = call->objects = 0;
     call->sent = call->finished = call->creates_token = call->query = 0;
     call->translate = call->alone = call->guarded = call->sampled = call->compared = 0;
     call->began_ns = call->size = 0;
@@ -349,10 +349,12 @@ bool ha_call_replicates(const ha_call *call);
 bool ha_call_has_choice(const ha_call *call);
 void ha_call_template(ha_call *call, const CK_ATTRIBUTE *attributes, CK_ULONG count);
 void ha_call_refused(ha_call *call);
+bool ha_call_survived(ha_call *call);
 void ha_operations_lost(ha_call *call);
 
 /* ---- cancel.c ---- */
 void ha_session_leave(ha_session *session, int member, uint32_t ops);
+void ha_call_leave(ha_call *call, int member);
 CK_RV ha_session_cancel(ha_session *session, uint32_t ops);
 /* Generated: the last call of one operation, with whatever data. */
 CK_RV ha_finish(ha_call *call, unsigned op, unsigned char *out, CK_ULONG out_size);
@@ -401,6 +403,8 @@ void ha_message_restore(CK_MECHANISM_TYPE mechanism, unsigned char *kept, struct
 
 /* ---- remote.c: the parameter that comes next is of this call's message, and does not say itself what it is ---- */
 void ha_message_of(const ha_call *call);
+/* What the answer of a stub, just called, does not say: its limit has passed. */
+void ha_remote_explain(ha_call *call);
 
 /* ---- state.c ---- */
 void ha_states_forget(void);

@@ -61,6 +61,10 @@ struct remote {
 };
 
 static _Thread_local CK_MECHANISM_TYPE message_mechanism; /* of the message that this thread hands on */
+static _Thread_local struct {
+    unsigned remote, row;
+    bool late;
+} last_call; /* through a stub, by this thread: what its answer does not say */
 static struct remote remotes[HA_MAX_REMOTES];
 static pthread_mutex_t remotes_lock = PTHREAD_MUTEX_INITIALIZER; /* of `used` */
 static unsigned last_used;
@@ -614,10 +618,11 @@ bool ha_ask(struct ha_exchange *x, unsigned remote, unsigned row, unsigned deadl
 {
     *x = (struct ha_exchange){.remote = remote, .row = row, .rv = CKR_DEVICE_ERROR};
     x->channel = channel_take(&remotes[remote], deadline, &x->until);
-    if (!x->channel) {
-        if (x->until && ha_monotonic_ns() >= x->until) x->rv = CKR_DEVICE_REMOVED; /* no thread of ours came free */
-        return false;
-    }
+    last_call.remote = remote;
+    last_call.row = row;
+    last_call.late = !x->channel && x->until && ha_monotonic_ns() >= x->until;
+    if (last_call.late) x->rv = CKR_DEVICE_REMOVED; /* no thread of ours came free */
+    if (!x->channel) return false;
     x->message = &x->channel->message;
     x->expected = sizeof(CK_ULONG); /* the return value */
     ha_message_begin(x->message, row, ++x->channel->turn);
@@ -838,7 +843,9 @@ bool ha_answered(struct ha_exchange *x)
     struct ha_message *message = x->message;
     if (!x->refused && (message->no_memory || message->end > HA_WIRE_MAX)) refuse(x, CKR_HOST_MEMORY);
     if (x->refused) return false;
-    if (ha_line_ask(&x->channel->line, message, x->expected, x->until) == HA_WIRE_DONE) {
+    enum ha_wire_result result = ha_line_ask(&x->channel->line, message, x->expected, x->until);
+    last_call.late = result == HA_WIRE_LATE;
+    if (result == HA_WIRE_DONE) {
         struct ha_frame frame = ha_frame_of(message);
         message->broken = frame.row != x->row || frame.turn != x->channel->turn;
         x->rv = ha_get(message);
@@ -954,6 +961,13 @@ void ha_take_answers(struct ha_exchange *x, CK_ATTRIBUTE *attributes, CK_ULONG c
     bool answered = attributes && ha_attributes_are_answered(x->rv);
     if (ha_get(x->message) != answered) x->message->broken = true;
     if (answered) take_attributes(x, attributes, count, false);
+}
+
+/* Where the member has that stub no more, there was another call since. */
+void ha_remote_explain(ha_call *call)
+{
+    const void *stub = ha_remote_stubs[last_call.remote][last_call.row];
+    if (last_call.late && call->target->functions[last_call.row] == stub) call->late |= 1U << call->member;
 }
 
 CK_RV ha_asked(struct ha_exchange *x)

@@ -319,6 +319,7 @@ static enum outcome outcome_of(ha_call *call, CK_RV rv, bool same)
     if (rv == CKR_OK) return same ? DONE : DIFFERENT;
     if (rv == CKR_BUFFER_TOO_SMALL) return DIFFERENT;
     call->rv = rv < HA_AGAIN ? rv : CKR_GENERAL_ERROR;
+    ha_remote_explain(call);
     return REFUSED;
 }
 
@@ -400,7 +401,7 @@ void ha_repeat_operations(ha_call *call)
     bool begun = false;
     for (uint32_t left = session->active; left && outcome == DONE; left &= left - 1)
         outcome = repeat_operation(call, (unsigned)__builtin_ctz(left), &begun);
-    if (outcome != DONE && begun) ha_session_leave(session, call->member, session->active);
+    if (outcome != DONE && begun) ha_call_leave(call, call->member);
     switch (outcome) {
     case DONE: {
         int before = session->member;
@@ -410,7 +411,7 @@ void ha_repeat_operations(ha_call *call)
         /* Where it was under way before, it still is: that session must not reach another user.  Who is suspected of
          * hanging, say, is not asked for more: what is left there ends when it stands in the way. */
         if (before >= 0 && before != call->member && !(session->owns & call->suspects & 1U << before))
-            ha_session_leave(session, before, session->active);
+            ha_call_leave(call, before);
         break;
     }
     case LOOK_AGAIN: break;

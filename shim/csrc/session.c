@@ -121,7 +121,8 @@ static struct ha_pool *pool_of(ha_session *session, int member)
 CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
 {
     if (session->at[member].epoch == epoch) return CKR_OK;
-    session->owns &= ~(1U << member); /* what it had there was of another life */
+    session->owns &= ~(1U << member);                    /* what it had there was of another life */
+    if (session->member == member) session->member = -1; /* and so was what is under way: it begins again */
     struct ha_pool *pool = pool_of(session, member);
     pthread_mutex_lock(&pool->lock);
     if (pool->epoch == epoch && pool->count) {
@@ -148,11 +149,12 @@ CK_RV ha_session_open_member(ha_session *session, int member, uint32_t epoch)
 static void close_on_member(ha_slot *slot, int member, uint32_t epoch, CK_SESSION_HANDLE handle)
 {
     ha_member *target = slot->member[member];
-    ha_call call = {.row = FN_C_CloseSession};
+    ha_call call = {.row = FN_C_CloseSession, .slot = slot, .target = target, .member = member, .epoch = epoch};
     CK_C_CloseSession close = (CK_C_CloseSession)target->functions[FN_C_CloseSession];
     if (!close || !ha_enter(target, epoch, &call)) return; /* the session died with its member */
-    close(handle); /* its answer changes nothing: the handle is given up either way */
+    call.rv = close(handle);
     ha_leave(target, &call);
+    ha_call_survived(&call); /* or not: the handle is given up either way */
 }
 
 /* Closes the member session for good: it has an operation or an object that must not reach another user. */

@@ -13,7 +13,7 @@ from demo.members import SoftToken, Table
 from tests import p11
 from tests.fault import Fault
 from tests.ha import operations
-from tests.ha.app import SOON, working_until
+from tests.ha.app import SOON, code, working_until
 from tests.ha.conftest import StartFactory
 from tests.ha.keys import DIGEST, Keys, secret
 from tests.ha.operations import Use
@@ -71,6 +71,28 @@ def test_no_call_fails(begin: Begin, host: str, rule: str) -> None:
     fault.script(rule)
     working_until(lambda: work(use, 1), fault.injected, "the fault is injected")
     work(use)
+
+
+def two_at_once(use: Use) -> None:
+    """The token has one operation a session: the second is refused, the first goes on."""
+    data = bytes(range(32))
+    right = use.session.encrypt(p11.CKM_AES_ECB, use.aes, data)
+    use.session.init("C_EncryptInit", p11.CKM_AES_ECB, use.aes)
+    got = use.session.output("C_EncryptUpdate", data[:16], 16)
+    refused = code(lambda: use.session.init("C_SignInit", p11.CKM_SHA256_HMAC, use.hmac))
+    assert refused == "CKR_OPERATION_ACTIVE"
+    got += use.session.output("C_EncryptUpdate", data[16:], 16)
+    assert got + use.session.output("C_EncryptFinal") == right
+    use.session.random(1)  # so that members take turns
+
+
+@pytest.mark.parametrize("what", ["session", "sessions", "login"])
+def test_second_operation_refused_while_its_member_forgets_the_first(begin: Begin, what: str) -> None:
+    use, fault = begin("process")
+    fault.script(f"C_SignInit times 1 {what} lost")
+    working_until(lambda: two_at_once(use), fault.injected, "the fault is injected")
+    two_at_once(use)
+    assert use.app.events("operation.lost") == []
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ def test_cancelled_beside_a_key_that_only_this_session_has(
         assert use.session.sign(p11.CKM_SHA256_HMAC, secret, DATA) == right
 
 
+@pytest.mark.parametrize("cancel", [by_init, by_cancel])
+def test_cancelled_beside_a_key_that_died_with_its_member(mortal: Killable, cancel: Cancel) -> None:
+    """Its end is noticed here: what was to be cancelled has died with it, and it is lost as by any other call."""
+    use = mortal.use()
+    template = {p11.CKA_TOKEN: False, p11.CKA_SIGN: True, p11.CKA_VALUE_LEN: 32}
+    secret = use.session.generate_key(p11.CKM_GENERIC_SECRET_KEY_GEN, template)
+    use.session.init("C_SignInit", p11.CKM_SHA256_HMAC, secret)
+    use.session.feed("C_SignUpdate", DATA)
+    dead = mortal.kill_serving(use)
+    assert cancel(use, "Sign") == "CKR_OK"
+    assert len(mortal.app.events("member.lost", dead)) == 1
+    is_free(use, "Sign")
+
+
 @EACH
 def test_init_without_a_mechanism_and_nothing_to_cancel(mortal: Killable, verb: str) -> None:
     assert by_init(mortal.use(), verb) in ("CKR_OPERATION_NOT_INITIALIZED", "CKR_ARGUMENTS_BAD")

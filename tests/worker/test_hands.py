@@ -202,6 +202,44 @@ def test_stopped_server_is_left_for_a_new_connection(pair: Pair, start: StartFac
     until(lambda: left_behind(use.app, "east") == 0, "who was left behind has come back")
 
 
+def feeding(app: Application, session: p11.Session) -> p11.Session:
+    """It has taken a part of a signature."""
+    key = session.find_one({p11.CKA_LABEL: "signing"})
+    session.init("C_SignInit", p11.CKM_RSA_PKCS, key)
+    session.feed("C_SignUpdate", b"abc")
+    assert app.served(session) == "east"
+    return session
+
+
+def test_who_is_late_in_an_operation_is_not_asked_to_tidy_up(fakes: Fakes, start: StartFactory) -> None:
+    """That would take the limit of another call: the session there ends with the member's life."""
+    east, _ = fakes
+    slow = {"cryptography": 0.5, "information": 10}
+    members = [token.member(call_timeout_s=slow) for token in fakes]
+    app = start(*members, recovery=FAR, balance="primary-first")
+    session = feeding(app, app.login(PIN))
+    with east["C_SignUpdate"].holding(), east["C_CloseSession"].holding():
+        began = time.monotonic()
+        session.feed("C_SignUpdate", b"def")
+        assert time.monotonic() - began < 0.5 + 3
+    assert app.away() == {"east"}
+    tag = session.output("C_SignFinal")
+    session.init("C_SignInit", p11.CKM_RSA_PKCS, session.find_one({p11.CKA_LABEL: "signing"}))
+    session.feed("C_SignUpdate", b"abcdef")
+    assert session.output("C_SignFinal") == tag
+
+
+def test_who_is_late_in_a_cancellation_is_lost(fakes: Fakes, start: StartFactory) -> None:
+    """What was to be cancelled ends with it."""
+    east, _ = fakes
+    app = start(*limited(*fakes), recovery=FAR, balance="primary-first")
+    session = feeding(app, app.login(PIN))
+    with east["C_CloseSession"].holding():
+        session.call("C_SessionCancel", p11.CKF_SIGN)
+        assert app.away() == {"east"}
+    session.sign(p11.CKM_RSA_PKCS, session.find_one({p11.CKA_LABEL: "signing"}), b"abc")
+
+
 def test_more_callers_than_threads(fakes: Fakes, start: StartFactory) -> None:
     east, _ = fakes
     before = threads()

@@ -102,8 +102,13 @@ def _elsewhere(call: Any, _slot: VirtualSlot, _member: Member) -> int:
     return _again(call)
 
 
+def _is_well(call: Any, member: Member) -> bool:
+    """Who has kept a call waiting is not asked: it would have to wait once more."""
+    return not call.late >> call.member & 1 and member.probe()
+
+
 def _probe(call: Any, _slot: VirtualSlot, member: Member) -> int:
-    if member.probe():
+    if _is_well(call, member):
         return int(call.rv)
     _lose(call, member)
     if FUNCTIONS[int(call.row)].ops and not native.lib.ha_session_may_move(call.session):
@@ -376,6 +381,16 @@ def settled(call: Any) -> None:
         current().log(Event("call.failed_over", slot.face.label, slot.by_index[call.member].name, details))
 
 
+def failed(call: Any) -> None:
+    """A member answered badly to what was to end something there."""
+    member = _slot(call).by_index[call.member]
+    if member.state is not MemberState.UP or member.epoch != call.epoch or current().stopping:
+        return
+    code = member.code(call.rv)
+    if code is Code.DEAD or (code is Code.SUSPECT and not _is_well(call, member)):
+        _lose(call, member)
+
+
 def operation_lost(call: Any) -> None:
     """The data plane gave up an operation that had taken input on a member that is gone."""
     slot = _slot(call)
@@ -439,6 +454,7 @@ HANDLERS: dict[str, Callable[..., int | None]] = {
     "locate": locate,
     "decide": decide,
     "settled": settled,
+    "failed": failed,
     "operation_lost": operation_lost,
     "adopt": adopt,
     "identify": identify,

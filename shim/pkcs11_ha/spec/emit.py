@@ -40,6 +40,7 @@ _QUESTIONS = {
     "decide": "ha_call *call",
     "look": "ha_slot *slot",
     "settled": "ha_call *call",
+    "failed": "ha_call *call",
     "operation_lost": "ha_call *call",
     "adopt": "ha_call *call, CK_OBJECT_HANDLE made, CK_OBJECT_HANDLE *object",
     "identify": "ha_call *call, CK_OBJECT_HANDLE *found, size_t count, CK_OBJECT_HANDLE *objects",
