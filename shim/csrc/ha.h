@@ -98,9 +98,9 @@ struct ha_operation {
     CK_MECHANISM mechanism;
     void *parameter; /* our deep copy, wiped and freed with the operation */
     size_t parameter_size;
-    unsigned char *journal; /* what it has taken and given since its Init; NULL: nothing */
-    size_t journal_room, journal_end;
-    size_t taken; /* bytes of input in it */
+    unsigned char *journal;                         /* what it has taken and given since its Init; NULL: nothing */
+    size_t journal_room, journal_last, journal_end; /* where its last entry is, and ends */
+    size_t taken;                                   /* bytes of input in it */
 };
 
 enum { HA_HIDDEN = -1 }; /* as a virtual handle: an object that applications do not see */

@@ -1,7 +1,8 @@
 /*
  * Replay: what an operation has taken and given since its Init, and how it is done again on another member.
  *
- * Each operation of a session has a journal, in locked pages: an entry for every part it took, with what came out.
+ * Each operation of a session has a journal, in locked pages: an entry for every part it took, with what came out; small
+ * parts in a row of which nothing came out are one, as it is the same to whoever takes them.
  * Dual functions are two entries, one in the journal of each operation: what one does is what the other takes.  After
  * a fault the Init is repeated elsewhere and the entries behind it; output that the application has got already
  * must come out again byte for byte, or the operation is lost and said to be.
@@ -13,7 +14,7 @@
 #include "ha.h"
 #include "wire.h" /* ha_secret_pages */
 
-enum { JOURNAL_ROOM = 1 << 14, IDLE_JOURNALS = 64 };
+enum { JOURNAL_ROOM = 1 << 14, IDLE_JOURNALS = 64, JOINED = 1 << 12 };
 
 /* What follows it: the parameter of a message, the input, the output, padded together. */
 struct entry {
@@ -63,7 +64,7 @@ RARE void ha_journal_wipe(struct ha_operation *operation)
 {
     give_pages(operation->journal, operation->journal_room, operation->journal_end);
     operation->journal = NULL;
-    operation->journal_room = operation->journal_end = operation->taken = 0;
+    operation->journal_room = operation->journal_last = operation->journal_end = operation->taken = 0;
 }
 
 static bool reserve(struct ha_operation *operation, size_t more)
@@ -82,13 +83,22 @@ static bool reserve(struct ha_operation *operation, size_t more)
     return true;
 }
 
+/* What is kept is limited by its input.  As much again may come out, and as much be the entries' own. */
+static bool may_be_kept(const ha_call *call, const struct ha_operation *operation, size_t in, size_t more)
+{
+    const size_t limit = call->slot->replay_limit, most = limit > SIZE_MAX / 4 ? SIZE_MAX : 3 * limit + JOURNAL_ROOM;
+    return in <= limit - operation->taken && more <= most - operation->journal_end;
+}
+
 /* Where what follows an entry is to be put; NULL: it is more than may be kept. */
 static unsigned char *add_entry(const ha_call *call, struct ha_operation *operation, const struct entry *entry)
 {
-    if (entry->in > call->slot->replay_limit - operation->taken || entry->out > HA_WIRE_MAX) return NULL;
+    if (entry->in > HA_WIRE_MAX || entry->out > HA_WIRE_MAX) return NULL;
+    if (!may_be_kept(call, operation, entry->in, entry_size(entry))) return NULL;
     if (!reserve(operation, entry_size(entry))) return NULL;
     unsigned char *at = operation->journal + operation->journal_end;
     memcpy(at, entry, sizeof *entry);
+    operation->journal_last = operation->journal_end;
     operation->journal_end += entry_size(entry);
     operation->taken += entry->in;
     return at + sizeof *entry;
@@ -100,6 +110,26 @@ static unsigned char *put(unsigned char *at, const void *bytes, size_t size)
     return at + size;
 }
 
+/* To the last entry, if that is the same to a replay. */
+static bool join(const ha_call *call, struct ha_operation *operation, const struct entry *part, const void *in)
+{
+    struct entry last;
+    if (operation->journal_last == operation->journal_end || part->out || part->in > JOINED) return false;
+    memcpy(&last, operation->journal + operation->journal_last, sizeof last);
+    if (last.row != part->row || last.parameter || last.out || last.in + part->in > JOINED) return false;
+    if (ha_rows[part->row].phase != HA_PHASE_UPDATE || part->row == FN_C_DigestKey) return false;
+    const size_t before = last.in, size = entry_size(&last);
+    last.in += part->in;
+    const size_t more = entry_size(&last) - size;
+    if (!may_be_kept(call, operation, part->in, more) || !reserve(operation, more)) return false;
+    unsigned char *at = operation->journal + operation->journal_last;
+    memcpy(at, &last, sizeof last);
+    put(at + sizeof last + before, in, part->in);
+    operation->journal_end += more;
+    operation->taken += part->in;
+    return true;
+}
+
 /* Adds a part that the operation `op` of the call's session has taken, as if by a call of `row`. */
 RARE void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, CK_ULONG in_size, const void *out,
                      CK_ULONG out_size)
@@ -107,6 +137,7 @@ RARE void ha_journal(ha_call *call, unsigned op, unsigned row, const void *in, C
     struct ha_operation *operation = &call->session->operation[op];
     if (!operation->kept) return;
     const struct entry entry = {.row = row, .in = in_size, .out = out_size};
+    if (join(call, operation, &entry, in)) return;
     unsigned char *at = add_entry(call, operation, &entry);
     if (at) {
         put(put(at, in, in_size), out, out_size);
@@ -179,6 +210,7 @@ static bool is_sound(struct ha_operation *operation, unsigned op)
         if (ha_rows[entry.row].ops != 1U << op || ha_rows[entry.row].phase != HA_PHASE_UPDATE) return false;
         if (entry.row == FN_C_DigestKey && entry.in != sizeof(CK_OBJECT_HANDLE)) return false;
         operation->taken += entry.in;
+        operation->journal_last = at;
         at += entry_size(&entry);
     }
     return true;
@@ -187,7 +219,7 @@ static bool is_sound(struct ha_operation *operation, unsigned op)
 /* A journal that was outside (C_SetOperationState). False: no memory, or it is none. */
 bool ha_journal_restore(struct ha_operation *operation, unsigned op, const void *journal, size_t size)
 {
-    operation->journal_end = operation->taken = 0;
+    operation->journal_last = operation->journal_end = operation->taken = 0;
     if (!size) return true;
     if (!reserve(operation, size)) return false;
     memcpy(operation->journal, journal, size);

@@ -302,7 +302,9 @@ class Loss:
 LOSSES: tuple[Loss, ...] = (
     Loss(
         "it took more than `replay_limit_bytes`",
-        "no more is kept; 0 keeps nothing. What a call has in its hands needs no keeping: one part can be of any size",
+        "no more is kept; 0 keeps nothing. Small parts of which nothing came out are kept as one; others have an entry "
+        "each, and what is kept of an operation is three times the limit and 16 KiB at most. "
+        "What a call has in its hands needs no keeping: one part can be of any size",
         LOST,
         "test_limits.test_input_up_to_the_limit",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from ctypes import byref, c_ulong, create_string_buffer
+from ctypes import byref, c_ubyte, c_ulong, create_string_buffer
 from hashlib import sha256
 
 import pytest
@@ -14,6 +14,7 @@ from tests import p11
 from tests.fake import PIN, FakeToken
 from tests.ha.app import code
 from tests.ha.conftest import FakeFactory, StartFactory
+from tests.replay.cases import CtrParams
 from tests.replay.conftest import Start
 from tests.replay.keys import Keys, wanted
 from tests.replay.killable import Killable, reference
@@ -67,6 +68,35 @@ def test_input_up_to_the_limit(start: Start, limit: int, sizes: list[int], answe
         mortal.wait_for_all()
         assert digest_parts(mortal, use, *sizes)[0] == answer
     is_usable(use)
+
+
+def test_small_parts_take_no_more_than_they_are(start: Start) -> None:
+    """What is kept of an operation is what its state has; the longest entry of parts that were joined is 4096 bytes."""
+    mortal = start()
+    use = mortal.use()
+    sizes = [*[0] * 2000, *[1] * 5000, *[0, 3] * 1000, 4096, 1, 4097, *[1] * 100]
+    parts = [os.urandom(size) for size in sizes]
+    use.session.init("C_DigestInit", p11.CKM_SHA256)
+    for part in parts:
+        use.session.feed("C_DigestUpdate", part)
+    size = c_ulong()
+    use.session.call("C_GetOperationState", None, byref(size))
+    assert size.value < sum(sizes) + 1000
+    mortal.kill_serving(use)
+    assert use.session.output("C_DigestFinal") == sha256(b"".join(parts)).digest()
+
+
+def test_parts_that_cannot_be_joined_are_limited_too(start: Start) -> None:
+    """Each has given something out: an entry of its own, which is larger than what is in it."""
+    use = start(replay_limit_bytes=LIMIT).use()
+    counter = CtrParams(128, (c_ubyte * 16)())
+    use.session.init("C_EncryptInit", (p11.CKM_AES_CTR, counter), use.key("secret aes"))
+    size = c_ulong()
+    for _ in range(LIMIT - 1):
+        use.session.output("C_EncryptUpdate", b"x", 1)
+    rv = use.session.module.rv("C_GetOperationState", use.session.handle, None, byref(size))
+    assert p11.rv_name(rv) == "CKR_STATE_UNSAVEABLE"
+    use.session.output("C_EncryptFinal")
 
 
 def test_what_was_lost_is_said_once_and_by_the_next_call(start: Start) -> None:
