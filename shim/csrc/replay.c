@@ -87,7 +87,7 @@ static bool reserve(struct ha_operation *operation, size_t more)
 static bool may_be_kept(const ha_call *call, const struct ha_operation *operation, size_t in, size_t more)
 {
     const size_t limit = call->slot->replay_limit, most = limit > SIZE_MAX / 4 ? SIZE_MAX : 3 * limit + JOURNAL_ROOM;
-    return in <= limit - operation->taken && more <= most - operation->journal_end;
+    return in <= limit - operation->taken && operation->journal_end <= most && more <= most - operation->journal_end;
 }
 
 /* Where what follows an entry is to be put; NULL: it is more than may be kept. */
