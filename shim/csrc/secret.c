@@ -44,7 +44,8 @@ static bool is_end_of_line(CK_BYTE c)
     return c == '\n' || c == '\r';
 }
 
-/* The first line of what `path` opens, without its end; an empty one is no PIN, and would cost a try. `step` bytes are asked for at a time. */
+/* The first line of what `path` opens, without its end; an empty one is no PIN, and would cost a try. `step` bytes are
+ * asked for at a time. */
 static ha_secret *read_first_line(char *path, size_t step, char *error, size_t error_size)
 {
     ha_secret *secret = secret_pages(LONGEST_LINE);

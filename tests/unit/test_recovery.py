@@ -317,6 +317,28 @@ def test_login_that_stumbles_is_tried_again_but_not_for_ever(
     assert up(core) == {"east", "west"}
 
 
+def test_stumble_where_a_pin_was_wrong_stops_the_attempts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be that token's way of refusing the PIN: a try in each interval would lock it."""
+    core = world.core("east", "west", interval_s=60)
+    core.slots[0].user, core.slots[0].secret = ck.CKU_USER, object()
+    tries: list[str] = []
+
+    def login(member: Member, _user: int, _pin: object, _size: int) -> int:
+        tries.append(member.name)
+        return ck.CKR_GENERAL_ERROR
+
+    monkeypatch.setattr(Member, "login", login)
+    monkeypatch.setattr(Member, "token_flags", lambda _: ck.CKF_USER_PIN_COUNT_LOW)
+    lose(core, "east")
+    for _ in range(5):
+        world.clock.pass_s(61)
+        check(core)
+    assert tries == ["east"]
+    assert world.happened("recovery.stopped", "east") == 1
+
+
 class Gate:
     """A connection that takes until it is let through."""
 

@@ -127,9 +127,9 @@ class Core:
         else:
             for member in members:
                 self._connect(member)
-        if all(member.state is MemberState.AWAY for member in members):
+        if members and all(member.state is MemberState.AWAY for member in members):
             # Many applications that start at once can meet all tokens in pieces (SoftHSM's files).
-            time.sleep(_PAUSE_S if members else 0)
+            time.sleep(_PAUSE_S)
             for member in members:  # one by one: who shares a library with others may restart it
                 if self.clock() - began < _AT_ONCE_NS and not member.connecting:
                     self._connect(member)
@@ -590,6 +590,8 @@ class Core:
         self.log_target.close()
         if not stuck:
             self.slots.clear()  # who know this core: with them it would stay until a garbage collection
+            for member in members.values():
+                del member.gone
 
     def _is_stuck(self, member: Member) -> bool:
         """Whether somebody is inside its library, or may yet go there, perhaps for ever."""

@@ -97,7 +97,7 @@ def restore(slot: VirtualSlot, member: Member) -> None:
             pin = Pin(native.lib.ha_secret_bytes(secret), native.lib.ha_secret_size(secret))
         rv = login_member(member, user, pin)
     if rv not in (ck.CKR_OK, ck.CKR_USER_ALREADY_LOGGED_IN):
-        kind = PinRefused if _may_have_cost_a_try(member, rv) else ConnectError
+        kind = PinRefused if _may_have_cost_a_try(member, user, rv) else ConnectError
         raise kind(rv, f"C_Login answers {ck.rv_name(rv)}")
     member.logins.add(slot.id)
 
@@ -116,9 +116,12 @@ def take_in(slot: VirtualSlot, member: Member) -> bool:
     return before != (slot.id in member.logins)
 
 
-def _may_have_cost_a_try(member: Member, rv: int) -> bool:
-    """Whether the PIN may have been refused; codes of a vendor's own can mean anything."""
-    return member.code(rv) not in _NOT_LOOKED_AT and rv not in (ck.CKR_DEVICE_ERROR, *_STUMBLES)
+def _may_have_cost_a_try(member: Member, user: int, rv: int) -> bool:
+    """Whether the PIN may have been refused; codes of a vendor's own can mean anything, and a stumble may be that
+    token's way of saying so, if it shows that a PIN was wrong there."""
+    if rv in _STUMBLES:
+        return bool((member.token_flags() or 0) & _COUNTED[user])
+    return member.code(rv) not in _NOT_LOOKED_AT and rv != ck.CKR_DEVICE_ERROR
 
 
 def leave(slot: VirtualSlot, member: Member) -> int:
@@ -208,7 +211,7 @@ def _verify(slot: VirtualSlot, user: int, pin: Pin, lose: Lose) -> None:
                 broken.append(member)
             continue
         slot.log(Event("login.refused", slot.face.label, member.name, {"code": ck.rv_name(rv)}))
-        if not stumbled:
+        if not stumbled or _may_have_cost_a_try(member, user, rv):
             raise CkError(rv)
         first = first or rv
     if first != ck.CKR_OK or broken:
